@@ -1,0 +1,1 @@
+"""Typed configuration: sections, loading, cross-section checks, help. Pure; imports no torch."""

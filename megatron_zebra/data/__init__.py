@@ -1,0 +1,1 @@
+"""From text to batches: indexed files, tokenizers, packing, order, blends."""

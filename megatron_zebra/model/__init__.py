@@ -1,0 +1,1 @@
+"""The Zebra decoder: layer pattern, RoPE, attention layer, MLP, block, loss."""

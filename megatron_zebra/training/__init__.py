@@ -1,0 +1,1 @@
+"""The loop: step, learning rate, metrics, callbacks for logging, checkpoints and evaluation."""
