@@ -1,0 +1,20 @@
+"""How a key is declared: default, description, unit and limits in one call, readable by validation and by --help alike."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A frozen group of keys. Unknown keys are errors; an int is not a bool, a string is not a number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def key(default: Any, description: str, unit: str | None = None, **limits: Any) -> Any:
+    """Declare a key. ``limits`` are pydantic's (ge, gt, le, lt, min_length); ``unit`` is shown by --help."""
+    extra = {"unit": unit} if unit else None
+    if isinstance(default, (list, dict)) or (isinstance(default, type) and issubclass(default, BaseModel)):
+        factory = default if isinstance(default, type) else (lambda: type(default)(default))
+        return Field(default_factory=factory, description=description, json_schema_extra=extra, **limits)
+    return Field(default=default, description=description, json_schema_extra=extra, **limits)
