@@ -33,7 +33,7 @@ def problems(config: Config, world_size: int) -> list[str]:
 def warnings(config: Config) -> list[str]:
     """Things that are allowed and perhaps not meant."""
     model, data = config.model, config.data
-    local = model.layer_kinds is None and model.layer_group_size > 1 or "local" in (model.layer_kinds or [])
+    local = (model.layer_kinds is None and model.layer_group_size > 1) or "local" in (model.layer_kinds or [])
     found = []
     if local and model.window_size >= data.sequence_length:
         found.append(
