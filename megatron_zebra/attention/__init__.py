@@ -1,1 +1,1 @@
-"""Which keys a query may see, the kernel contract, and one file a backend."""
+"""Which keys a query may see, the kernel contract, and one file a backend. Importing this imports no torch."""
