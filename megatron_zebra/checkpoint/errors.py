@@ -1,0 +1,19 @@
+"""What can be wrong with a checkpoint, each a one-line error of the user's to mend."""
+
+from megatron_zebra.errors import UserError
+
+
+class CheckpointError(UserError):
+    """Something about a checkpoint folder that stops a save or a load."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A file of a checkpoint is missing, cut, or does not match its checksum."""
+
+
+class IncompleteCheckpoint(CheckpointError):
+    """The pieces do not cover a tensor exactly once, or a tensor is not there at all."""
+
+
+class DiskFull(CheckpointError):
+    """There is no room for a checkpoint; whatever this save had written is gone again."""
