@@ -13,7 +13,7 @@ class Section(BaseModel):
 
 def key(default: Any, description: str, unit: str | None = None, **limits: Any) -> Any:
     """Declare a key. ``limits`` are pydantic's (ge, gt, le, lt, min_length); ``unit`` is shown by --help."""
-    extra = {"unit": unit} if unit else None
+    extra: Any = {"unit": unit} if unit else None
     if isinstance(default, (list, dict)) or (isinstance(default, type) and issubclass(default, BaseModel)):
         factory = default if isinstance(default, type) else (lambda: type(default)(default))
         return Field(default_factory=factory, description=description, json_schema_extra=extra, **limits)
