@@ -1,0 +1,106 @@
+"""A row: S tokens with labels, positions and the lengths of its documents, built from spans of a source."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from megatron_zebra.data.source import Source, Tokens
+
+IGNORE = -100  # label of a position that is no target
+PAD = 0  # id of padding; any id would do, since padding is a segment of its own and no target
+Span = tuple[int, int]  # tokens [start, stop) of a source
+
+
+@dataclass(frozen=True)
+class Row:
+    """S tokens as the model reads them. All arrays are int64 [S], but ``lengths`` [segments], which sum to S.
+
+    ``labels[i]`` is the token after ``tokens[i]`` (the shift precedes any cut of the row), or IGNORE where that token
+    belongs to another document. ``positions`` restart at each segment; a segment is a document, or the part of one that
+    lies in this row. ``padding`` counts the tokens at the end that are no data. ``source`` numbers the blend's sources.
+    """
+
+    tokens: Tokens
+    labels: Tokens
+    positions: Tokens
+    lengths: Tokens
+    source: int = 0
+    padding: int = 0
+
+
+class RowReader(Protocol):
+    """Rows by their number in the order of training (or evaluation): a pure function of the number."""
+
+    def read(self, row: int) -> Row:
+        """The row of this number."""
+
+    def sequence_length(self, row: int) -> int:
+        """S of this row."""
+
+
+def build_row(
+    source: Source, spans: Sequence[Span], length: int, number: int = 0, attend_across_documents: bool = False
+) -> Row:
+    """The row that holds these spans one after another, then padding up to ``length`` tokens.
+
+    A span ends a segment, whether or not a document ends there; its last label is the token after it, as long as that
+    is of the same document. ``attend_across_documents`` makes the row one segment and leaves the labels as they are.
+    """
+    tokens = np.full(length, PAD, np.int64)
+    labels = np.full(length, IGNORE, np.int64)
+    cuts = []
+    filled = 0
+    for start, stop in spans:
+        read = source.read(start, min(stop + 1, source.tokens))  # one token to look ahead, except at the corpus' end
+        end = filled + stop - start
+        tokens[filled:end] = read[: stop - start]
+        labels[filled : filled + read.size - 1] = read[1:]
+        bounds = source.bounds(start, stop) + (filled - start)
+        labels[bounds - 1] = IGNORE
+        cuts += [bounds, np.array([end])]
+        filled = end
+    if attend_across_documents:
+        lengths = np.array([length])
+    else:
+        lengths = np.diff(np.unique(np.concatenate([[0], *cuts, [length]])))
+    starts = np.cumsum(lengths) - lengths
+    positions = np.arange(length) - np.repeat(starts, lengths)
+    return Row(tokens, labels, positions, lengths, number, length - filled)
+
+
+class OnePass:
+    """Each token of a source once as an input, for evaluation: rows [0, len) in the order of the source, the last padded.
+
+    With a ``limit`` below the number of rows, that many rows at even distances. Rows from len on are padding without a
+    target, so that any number of ranks can read the same number of rows.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        sequence_length: int,
+        limit: int | None = None,
+        attend_across_documents: bool = False,
+        number: int = 0,
+    ) -> None:
+        self._source, self._length, self._number = source, sequence_length, number
+        self._attend_across_documents = attend_across_documents
+        self._rows = -(-source.tokens // sequence_length)
+        self._taken = self._rows if limit is None else min(limit, self._rows)
+
+    def __len__(self) -> int:
+        return self._taken
+
+    def sequence_length(self, row: int) -> int:
+        """S, the same for every row."""
+        return self._length
+
+    def read(self, row: int) -> Row:
+        """The row of this number."""
+        spans = []
+        if row < self._taken:
+            start = row * self._rows // self._taken * self._length
+            spans.append((start, min(start + self._length, self._source.tokens)))
+        return build_row(self._source, spans, self._length, self._number, self._attend_across_documents)
