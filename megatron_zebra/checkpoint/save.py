@@ -75,6 +75,7 @@ def save(
 def _begin(root: Path, step: int, needed: int) -> Path:
     with files.naming("saving to", root):
         files.make_folder(root)
+        files.sync_folder(root.parent)
         folder = catalog.new_folder(root, step)
         preflight(root, needed)
         files.make_folder(folder)

@@ -102,7 +102,8 @@ def as_bytes(tensor: Any) -> tuple[np.ndarray, str]:
         import torch
 
         dtype = str(tensor.dtype).removeprefix("torch.")
-        host = tensor.detach().to("cpu").contiguous().reshape(-1)
+        host = tensor.detach().to("cpu").contiguous()
+        host = host.as_strided((host.numel(),), (1,))  # one element of a column keeps the column's stride otherwise
         array = host.view(torch.uint8).numpy() if host.numel() else np.empty(0, np.uint8)
     else:
         host = np.ascontiguousarray(tensor).reshape(-1)
