@@ -62,8 +62,8 @@ def _model(config: Config) -> Iterator[str]:
 def _rope(path: str, rope: Rope) -> Iterator[str]:
     if rope.scaling in ("yarn", "llama3", "dynamic") and rope.original_length is None:
         yield f"{path}.original_length = null: must be the length trained at before, for {path}.scaling = {rope.scaling}"
-    if rope.scaling in ("none", "dynamic") and rope.factor != 1.0:
-        yield f"{path}.factor = {rope.factor}: has no meaning for {path}.scaling = {rope.scaling} (allowed: linear, yarn, llama3)"
+    if rope.scaling == "none" and rope.factor != 1.0:
+        yield f"{path}.factor = {rope.factor}: has no meaning for {path}.scaling = none"
     if rope.scaling == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
         yield f"{path}.high_freq_factor = {rope.high_freq_factor}: must be above {path}.low_freq_factor = {rope.low_freq_factor}"
 

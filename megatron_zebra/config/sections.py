@@ -16,7 +16,7 @@ class Rope(Section):
     scaling: Literal["none", "linear", "dynamic", "yarn", "llama3"] = key(
         "none", "how positions beyond the original length are reached"
     )
-    factor: float = key(1.0, "how many times longer than original_length (linear, yarn, llama3)", ge=1.0)
+    factor: float = key(1.0, "how many times longer than original_length (all scalings but none)", ge=1.0)
     original_length: int | None = key(
         None, "length the model was first trained at (dynamic, yarn, llama3)", "tokens", ge=1
     )

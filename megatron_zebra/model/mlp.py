@@ -1,0 +1,38 @@
+"""SwiGLU."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron_zebra.model.architecture import Architecture
+from megatron_zebra.model.initialize import Initializer
+from megatron_zebra.model.layers import Linear
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, keeping only its two inputs for backward (plain autograd keeps silu(gate) too)."""
+
+    @staticmethod
+    def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        gate, up = ctx.saved_tensors
+        silu = F.silu(gate)
+        return torch.ops.aten.silu_backward(grad * up, gate), silu.mul_(grad)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), x [T, hidden_size]."""
+
+    def __init__(self, name: str, arch: Architecture, init: Initializer) -> None:
+        super().__init__()
+        hidden, width = arch.hidden_size, arch.ffn_hidden_size
+        self.gate_proj = Linear(f"{name}.gate_proj", hidden, width, init)
+        self.up_proj = Linear(f"{name}.up_proj", hidden, width, init)
+        self.down_proj = Linear(f"{name}.down_proj", width, hidden, init)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))

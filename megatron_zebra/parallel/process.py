@@ -1,0 +1,103 @@
+"""Joining and leaving the world of processes; the few collectives that training needs of its own."""
+
+import datetime
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_zebra.errors import UserError
+from megatron_zebra.parallel.grid import Grid
+
+
+def pick_device(wanted: str, local_rank: int) -> torch.device:
+    """The device of this process for ``parallel.device`` = ``wanted``."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("parallel.device = cuda: no CUDA device here (allowed: auto, cpu)")
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"parallel.device = cuda: {torch.cuda.device_count()} devices here, process {local_rank} of this node has none"
+            )
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
+
+
+@contextmanager
+def world(wanted_device: str, timeout: float) -> Iterator[Grid]:
+    """Join the process group that torchrun's environment describes (alone without one), and leave it at the end.
+
+    Args:
+        wanted_device: ``parallel.device``.
+        timeout: seconds that a collective may wait.
+    """
+    alone = "RANK" not in os.environ
+    rank, size = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = pick_device(wanted_device, local_rank)
+    _quiet_deepspeed(device)
+    import deepspeed
+
+    options: dict[str, Any] = {"timeout": datetime.timedelta(seconds=timeout)}
+    if alone:
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
+        store = dist.HashStore()
+        dist.init_process_group(_backend(device), store=store, rank=0, world_size=1, **options)
+    deepspeed.init_distributed(_backend(device), auto_mpi_discovery=False, verbose=False, **options)
+    try:
+        yield Grid(rank, size, local_rank, device)
+    finally:
+        leave()
+
+
+def leave() -> None:
+    """Destroy the process group, and DeepSpeed's memory of it, so that another may be made."""
+    import deepspeed.comm.comm as deepspeed_comm
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    deepspeed_comm.cdb = None
+
+
+def sum_over(values: list[float], device: torch.device) -> list[float]:
+    """Sum of each value over all ranks, in fp64 where the device has it."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+class WorldCollective:
+    """All ranks of ``grid``, as the checkpoint store asks for them."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.rank, self.world_size = grid.rank, grid.world_size
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, in rank order, on every rank."""
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def _quiet_deepspeed(device: torch.device) -> None:
+    """Import DeepSpeed for this device, without the extension it would compile on CPU and without its notes."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    if device.type == "cpu":
+        # Its shared-memory collectives would be compiled at first use (minutes); gloo serves.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

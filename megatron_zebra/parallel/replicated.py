@@ -1,0 +1,91 @@
+"""ZeRO stage 0: every rank holds the whole optimizer. Our own norm and clipping, since DeepSpeed's stage 0 reports none."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_zebra.parallel.optimizer import (
+    MOMENTS,
+    Adam,
+    Held,
+    StepResult,
+    adamw,
+    create_moments,
+    get_updates,
+    parameter_groups,
+    set_updates,
+)
+
+
+class ReplicatedOptimizer:
+    """AdamW on fp32 masters; gradients summed in fp32, averaged over all ranks once a step."""
+
+    replicated = True
+
+    def __init__(self, module: torch.nn.Module, adam: Adam) -> None:
+        self.module, self.clip_grad = module, adam.clip_grad
+        groups = parameter_groups(module, adam.weight_decay)
+        params = [param for group in groups for param in group["params"]]
+        # In fp32 a parameter is its own master.
+        masters = [p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float()) for p in params]
+        self.masters = dict(zip(params, masters))
+        for group in groups:
+            group["params"] = [self.masters[param] for param in group["params"]]
+        self.adam = adamw(groups, adam)
+        create_moments(self.adam, masters)
+        for param, master in self.masters.items():
+            if param is not master:
+                param.register_post_accumulate_grad_hook(self._accumulate)
+
+    def forward(self, *args: Any) -> Any:
+        return self.module(*args)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self, learning_rate: float) -> StepResult:
+        for group in self.adam.param_groups:
+            group["lr"] = learning_rate
+        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+            gradient.div_(dist.get_world_size())
+        norm = torch.nn.utils.get_total_norm(gradients)
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            if self.clip_grad > 0:
+                torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.clip_grad, norm)
+            self.adam.step()
+            self._copy_to_weights()
+        self.adam.zero_grad(set_to_none=True)
+        return StepResult(float(norm), finite)
+
+    def held(self) -> Iterator[Held]:
+        for name, param in self.module.named_parameters():
+            master = self.masters[param]
+            tensors = {"weight": master, **{kind: self.adam.state[master][kind] for kind in MOMENTS}}
+            yield Held(name, tuple(param.shape), 0, param.numel(), {k: t.detach().view(-1) for k, t in tensors.items()})
+
+    def updates(self) -> int:
+        return get_updates(self.adam)
+
+    def restored(self, updates: int) -> None:
+        set_updates(self.adam, updates)
+        self._copy_to_weights()
+
+    @torch.no_grad()
+    def _copy_to_weights(self) -> None:
+        for param, master in self.masters.items():
+            if param is not master:
+                param.copy_(master)
+
+    def _accumulate(self, param: torch.Tensor) -> None:
+        master = self.masters[param]  # type: ignore[index]
+        assert param.grad is not None
+        if master.grad is None:
+            master.grad = param.grad.float()
+        else:
+            master.grad += param.grad
+        param.grad = None

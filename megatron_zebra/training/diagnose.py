@@ -1,0 +1,42 @@
+"""Profiles and memory snapshots of chosen steps."""
+
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_zebra.config.sections import Training
+
+
+class Diagnostics:
+    """Told of each step's beginning and end; writes run_dir/profile and run_dir/memory for this rank."""
+
+    def __init__(self, settings: Training, folder: Path, rank: int, device: torch.device) -> None:
+        self.settings, self.folder, self.rank, self.device = settings, folder, rank, device
+        self.profiler: profile | None = None
+
+    def before(self, step: int) -> None:
+        wanted = self.settings.profile_steps
+        if wanted and step == wanted[0]:
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])]
+            self.profiler = profile(activities=activities, profile_memory=True, record_shapes=True)
+            self.profiler.start()
+        if step in self.settings.memory_snapshot_steps and self.device.type == "cuda":
+            torch.cuda.memory._record_memory_history()
+
+    def after(self, step: int) -> None:
+        wanted = self.settings.profile_steps
+        if self.profiler is not None and wanted and step == wanted[1]:
+            self.profiler.stop()
+            self.profiler.export_chrome_trace(str(self._file("profile", f"steps-{wanted[0]}-{wanted[1]}", "json.gz")))
+            self.profiler = None
+        if step in self.settings.memory_snapshot_steps:
+            if self.device.type == "cuda":
+                torch.cuda.memory._dump_snapshot(str(self._file("memory", f"step-{step}", "pickle")))
+                torch.cuda.memory._record_memory_history(enabled=None)
+            else:
+                self._file("memory", f"step-{step}", "txt").write_text(Path("/proc/self/status").read_text())
+
+    def _file(self, kind: str, name: str, suffix: str) -> Path:
+        (self.folder / kind).mkdir(exist_ok=True)
+        return self.folder / kind / f"{name}-rank-{self.rank:05d}.{suffix}"

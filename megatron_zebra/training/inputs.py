@@ -1,0 +1,136 @@
+"""Opens and checks the data that a configuration names. Reads no token; imports no torch."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_zebra.config.sections import Config, Source
+from megatron_zebra.data.dataset import Dataset, Phase
+from megatron_zebra.data.indexed import IndexedPair
+from megatron_zebra.data.rows import OnePass
+from megatron_zebra.data.source import FileSource, check_vocabulary, split_documents
+from megatron_zebra.data.source import Source as TokenSource
+from megatron_zebra.data.synthetic import SyntheticSource
+from megatron_zebra.errors import UserError
+from megatron_zebra.training.schedule import longest_sequence, sequence_phases
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Training rows by number, validation sets by name, and what the data says of itself."""
+
+    train: Dataset
+    valid: dict[str, OnePass]
+    vocab_size: int
+    source_names: list[str]
+    warnings: list[str]
+
+    def fingerprint(self) -> list[str]:
+        """Names the training data's content; a run goes on where it was only over the same."""
+        return [source.fingerprint for source in self.train.sources]
+
+
+def open_inputs(config: Config) -> Inputs:
+    """Open every data set of ``config``.
+
+    Raises:
+        UserError: a file is missing or damaged, or does not fit the tokenizer or the vocabulary.
+    """
+    data = config.data
+    warnings: list[str] = []
+    if data.synthetic.documents:
+        assert config.model.vocab_size is not None
+        vocab_size, names = config.model.vocab_size, ["synthetic"]
+        train, held_out = _synthetic(config)
+        sources, weights = [train], [1.0]
+        valid = {"synthetic": held_out} if held_out else {}
+    else:
+        pairs = [IndexedPair(source.prefix) for source in [*data.train, *data.valid]]
+        vocab_size = _vocab_size(config, pairs)
+        tokenizer_hash = _tokenizer_hash(data.tokenizer)
+        warnings += filter(None, (check_vocabulary(pair, vocab_size, tokenizer_hash) for pair in pairs))
+        names = [_name(source) for source in data.train]
+        weights = [source.weight for source in data.train]
+        sources, valid = _files(config, pairs, vocab_size, names)
+    dataset = Dataset(
+        sources,
+        [Phase(rows, length) for rows, length in sequence_phases(config)],
+        config.training.seed,
+        weights,
+        data.packing,
+        data.attend_across_documents,
+        data.cache_dir,
+    )
+    readers = {
+        name: OnePass(source, longest_sequence(config), config.evaluation.rows, data.attend_across_documents)
+        for name, source in valid.items()
+    }
+    return Inputs(dataset, readers, vocab_size, names, warnings)
+
+
+def _tokenizer_hash(path: str | None) -> str | None:
+    if path is None:
+        return None
+    from megatron_zebra.data.tokenizer import load_tokenizer  # its libraries are slow to import
+
+    return load_tokenizer(path).hash
+
+
+def _vocab_size(config: Config, pairs: list[IndexedPair]) -> int:
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    known = [pair.info.vocab_size for pair in pairs if pair.info is not None]
+    if not known:
+        raise UserError("model.vocab_size = null: must be given, since no data set has a .json beside it that tells")
+    return max(known)
+
+
+def _files(
+    config: Config, pairs: list[IndexedPair], vocab_size: int, names: list[str]
+) -> tuple[list[TokenSource], dict[str, TokenSource]]:
+    """Training sources, and validation sources by name: those given, else the held-out share of each training source."""
+    data = config.data
+    count = len(data.train)
+    valid: dict[str, TokenSource] = {}
+    for source, pair in zip(data.valid, pairs[count:]):
+        valid[_name(source)] = FileSource(pair, None, _scanned(pair, vocab_size), _name(source))
+    train: list[TokenSource] = []
+    for name, pair in zip(names, pairs):
+        documents, held_out, _ = split_documents(pair.documents, data.split)
+        train.append(FileSource(pair, documents if not data.valid else None, _scanned(pair, vocab_size), name))
+        if not data.valid and held_out:
+            valid[_unique(name, valid)] = FileSource(pair, held_out, _scanned(pair, vocab_size), name)
+    return train, valid
+
+
+def _scanned(pair: IndexedPair, vocab_size: int) -> int | None:
+    """Ids are checked as they are read only where no .json vouches for them."""
+    return vocab_size if pair.info is None else None
+
+
+def _synthetic(config: Config) -> tuple[TokenSource, TokenSource | None]:
+    settings = config.data.synthetic
+    documents, held_out, _ = split_documents(settings.documents, config.data.split)
+
+    def part(which: range) -> TokenSource:
+        return SyntheticSource(
+            settings.documents,
+            settings.mean_length,
+            config.model.vocab_size or 0,
+            config.training.seed,
+            "synthetic",
+            which,
+        )
+
+    return part(documents), part(held_out) if held_out else None
+
+
+def _name(source: Source) -> str:
+    return source.name or source.prefix.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _unique(name: str, taken: dict[str, Any]) -> str:
+    number = 2
+    unique = name
+    while unique in taken:
+        unique, number = f"{name}-{number}", number + 1
+    return unique

@@ -1,0 +1,285 @@
+"""The training run from beginning to end."""
+
+import contextlib
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_zebra.checkpoint.errors import DiskFull
+from megatron_zebra.config.sections import Config
+from megatron_zebra.data.batch import BatchLoader
+from megatron_zebra.errors import UserError
+from megatron_zebra.evaluation.loss import Evaluated, evaluate
+from megatron_zebra.model.architecture import Architecture
+from megatron_zebra.parallel.grid import Grid
+from megatron_zebra.parallel.optimizer import ShardedOptimizer
+from megatron_zebra.parallel.process import WorldCollective
+from megatron_zebra.planning.devices import peak_flops
+from megatron_zebra.planning.flops import StepFlops
+from megatron_zebra.training.build import build_model, build_optimizer
+from megatron_zebra.training.console import Console
+from megatron_zebra.training.diagnose import Diagnostics
+from megatron_zebra.training.inputs import Inputs
+from megatron_zebra.training.loggers import Logger, open_loggers
+from megatron_zebra.training.metrics import MetricsFile, Record
+from megatron_zebra.training.run_folder import rank_log
+from megatron_zebra.training.schedule import global_batch_size, learning_rate, rows_before
+from megatron_zebra.training.state import Progress, resume_state, save_state, start_from
+from megatron_zebra.training.step import StepOutcome, train_step
+
+
+def train(config: Config, arch: Architecture, inputs: Inputs, folder: Path, grid: Grid) -> None:
+    """Train, resuming what ``folder`` holds, until ``training.steps`` or a SIGTERM.
+
+    Raises:
+        UserError: what stands in the way is the user's to mend.
+    """
+    torch.use_deterministic_algorithms(config.training.deterministic)
+    log = rank_log(folder, grid.rank)
+    log.info("rank %d of %d on %s", grid.rank, grid.world_size, grid.device)
+    optimizer = build_optimizer(config, build_model(config, arch, grid.device), grid)
+    collective = WorldCollective(grid)
+    progress, notes = _start(config, arch, inputs, folder, optimizer, collective)
+    console = Console(grid.is_main, config.training.steps, progress.step, config.logging.interval)
+    for note in [*inputs.warnings, *notes]:
+        log.info(note)
+        console.say(note)
+    with _Sinks(config, folder, progress.step, grid.is_main) as sinks, _sigterm() as stop_wanted:
+        run = _Run(config, arch, inputs, folder, grid, optimizer, collective, console, sinks)
+        run.until_done(progress, stop_wanted)
+    console.close()
+    log.info("done")
+
+
+class _Run:
+    """What stays the same from step to step."""
+
+    def __init__(
+        self,
+        config: Config,
+        arch: Architecture,
+        inputs: Inputs,
+        folder: Path,
+        grid: Grid,
+        optimizer: ShardedOptimizer,
+        collective: WorldCollective,
+        console: Console,
+        sinks: "_Sinks",
+    ) -> None:
+        self.config, self.arch, self.inputs, self.folder, self.grid = config, arch, inputs, folder, grid
+        self.optimizer, self.collective, self.console, self.sinks = optimizer, collective, console, sinks
+        self.flops = StepFlops(arch)
+        self.peak = _peak(config, grid.device)
+        self.diagnostics = Diagnostics(config.training, folder, grid.rank, grid.device)
+
+    def until_done(self, progress: Progress, stop_wanted: Any) -> None:
+        config, steps = self.config, self.config.training.steps
+        if progress.step >= steps:
+            self.console.say(f"nothing to do: {self.folder} is at step {progress.step} of training.steps = {steps}")
+            return
+        nonfinite, stopped, saved_step = 0, False, -1
+        with self._loader(progress) as loader:
+            while progress.step < steps and not stopped:
+                began = time.monotonic()
+                self.diagnostics.before(progress.step + 1)
+                batch = self._next(loader)
+                data_time = time.monotonic() - began
+                rate = learning_rate(
+                    config.optimizer, progress.step - progress.schedule_start, steps - progress.schedule_start
+                )
+                outcome = train_step(
+                    self.optimizer,
+                    batch.micro_batches,
+                    rate,
+                    self.grid,
+                    len(self.inputs.source_names),
+                    self.flops,
+                    stop_wanted,
+                )
+                stopped = outcome.stop_wanted
+                nonfinite = 0 if outcome.result.applied else nonfinite + 1
+                progress = replace(
+                    progress,
+                    step=progress.step + 1,
+                    consumed_rows=progress.consumed_rows + batch.global_batch_size,
+                    consumed_tokens=progress.consumed_tokens + outcome.tokens,
+                    skipped_steps=progress.skipped_steps + (not outcome.result.applied),
+                )
+                record = self._record(progress, outcome, rate, time.monotonic() - began, data_time)
+                record["sequence_length"], record["global_batch_size"] = batch.sequence_length, batch.global_batch_size
+                self.diagnostics.after(progress.step)
+                last = progress.step == steps or stopped
+                if _due(config.evaluation.interval, progress.step, progress.step == steps) and self.inputs.valid:
+                    self._validate(record)
+                self.sinks.write(record)
+                self.console.step(record)
+                if nonfinite >= config.training.max_nonfinite_steps:
+                    raise UserError(
+                        f"the loss or the gradient was not finite {nonfinite} steps in a row (training.max_nonfinite_steps), up to step "
+                        f"{progress.step}; checkpoints of {self.folder} are as they were"
+                    )
+                if last or (config.checkpoint.interval and progress.step % config.checkpoint.interval == 0):
+                    saved_step = self._save(progress, last) or saved_step
+        if stopped and progress.step < steps:
+            self.console.say(f"stopped by SIGTERM after step {progress.step}; the same command resumes from there")
+
+    def _loader(self, progress: Progress) -> BatchLoader:
+        return BatchLoader(
+            self.inputs.train,
+            lambda step: global_batch_size(self.config, step),
+            self.config.training.micro_batch_size,
+            dp_rank=self.grid.dp_rank,
+            dp_size=self.grid.dp_size,
+            step=progress.step,
+            consumed_rows=progress.consumed_rows,
+            stop=self.config.training.steps,
+        )
+
+    def _next(self, loader: BatchLoader) -> Any:
+        try:
+            return next(loader)
+        except UserError as error:
+            # Only this rank read these rows, so only it can tell.
+            raise UserError(f"rank {self.grid.rank}: {error}") from None
+
+    def _record(
+        self, progress: Progress, outcome: StepOutcome, rate: float, seconds: float, data_time: float
+    ) -> Record:
+        flops_per_second = outcome.flops / seconds
+        record = {
+            "step": progress.step,
+            "loss": outcome.loss,
+            "grad_norm": outcome.result.norm,
+            "learning_rate": rate,
+            "tokens_per_second": outcome.tokens / seconds,
+            "consumed_tokens": progress.consumed_tokens,
+            "consumed_rows": progress.consumed_rows,
+            "targets": outcome.targets,
+            "skipped_steps": progress.skipped_steps,
+            "flops_per_second": flops_per_second,
+            "mfu": flops_per_second / self.peak / self.grid.world_size if self.peak else None,
+            "step_time": seconds,
+            "data_time": data_time,
+            "peak_memory_bytes": peak_memory(self.grid.device),
+        }
+        if len(self.inputs.source_names) > 1:
+            record |= {f"loss/{self.inputs.source_names[i]}": loss for i, loss in outcome.source_losses.items()}
+        return record
+
+    def _validate(self, record: Record) -> None:
+        results: dict[str, Evaluated] = {}
+        for name, rows in self.inputs.valid.items():
+            results[name] = evaluate(self.optimizer.forward, rows, self.config.training.micro_batch_size, self.grid)
+            record[f"valid/{name}"] = results[name].loss
+        losses = "  ".join(f"{name} {result.loss:.4f}" for name, result in results.items())
+        self.console.say(f"validation at step {record['step']}: {losses}")
+
+    def _save(self, progress: Progress, last: bool) -> int | None:
+        """Save; a full disk ends the run only where no later save could mend it."""
+        try:
+            saved = save_state(
+                self.folder / "checkpoints",
+                progress,
+                self.arch,
+                self.optimizer,
+                self.config.checkpoint,
+                self.collective,
+            )
+        except DiskFull as error:
+            if last:
+                raise
+            self.console.say(f"warning: step {progress.step} was not saved: {error}")
+            return None
+        self.console.say(f"saved {saved}")
+        return progress.step
+
+
+class _Sinks:
+    """Where records go: metrics.jsonl and the optional loggers, all on the main rank."""
+
+    def __init__(self, config: Config, folder: Path, restored_step: int, enabled: bool) -> None:
+        self.outputs: list[Logger] = []
+        if enabled:
+            self.outputs = [
+                MetricsFile(folder / "metrics.jsonl", restored_step),
+                *open_loggers(config, folder, restored_step),
+            ]
+
+    def __enter__(self) -> "_Sinks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for output in self.outputs:
+            output.close()
+
+    def write(self, record: Record) -> None:
+        try:
+            for output in self.outputs:
+                output.write(record)
+        except OSError as error:
+            raise UserError(f"metrics of step {record['step']} cannot be written: {error.strerror}") from None
+
+
+def _start(
+    config: Config,
+    arch: Architecture,
+    inputs: Inputs,
+    folder: Path,
+    optimizer: ShardedOptimizer,
+    collective: WorldCollective,
+) -> tuple[Progress, list[str]]:
+    """Resume the run folder, or begin from ``checkpoint.load``, or from nothing."""
+    progress, notes = resume_state(folder / "checkpoints", arch, optimizer, collective)
+    if progress is not None:
+        notes.append(f"resumed {folder} at step {progress.step}")
+    elif config.checkpoint.load is not None:
+        progress = start_from(Path(config.checkpoint.load), config.checkpoint, arch, optimizer, collective)
+        notes.append(f"began from {config.checkpoint.load} ({config.checkpoint.load_part}) at step {progress.step}")
+    fresh = Progress(seed=config.training.seed, data=inputs.fingerprint())
+    if progress is None or progress.step == 0:
+        return fresh, notes
+    if (progress.data, progress.seed) != (fresh.data, fresh.seed):
+        notes.append("the training data or training.seed is another than before: its rows are read from the first one")
+        return replace(progress, consumed_rows=0, data=fresh.data, seed=fresh.seed), notes
+    expected = rows_before(config, progress.step)
+    if config.data.sequence_schedule and expected != progress.consumed_rows:
+        raise UserError(
+            f"data.sequence_schedule: step {progress.step} had consumed {progress.consumed_rows} rows, with this configuration it would be "
+            f"{expected}; keep the global batch of the steps already done"
+        )
+    return progress, notes
+
+
+def _due(interval: int, step: int, last: bool) -> bool:
+    return interval > 0 and (step % interval == 0 or last)
+
+
+def _peak(config: Config, device: torch.device) -> float | None:
+    """Peak FLOP/s of one device for MFU; None = not known."""
+    if config.logging.peak_tflops is not None:
+        return config.logging.peak_tflops * 1e12
+    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most memory this process has held so far, in bytes: device memory on a GPU, resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[Any]:
+    """A function that tells whether SIGTERM has come; the former handler is put back."""
+    came = []
+    former = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, former)

@@ -1,0 +1,95 @@
+"""The run folder: a run explains itself by what lies there."""
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+
+from megatron_zebra.config.load import to_yaml
+from megatron_zebra.config.sections import Config
+from megatron_zebra.errors import UserError
+
+PACKAGES = ("megatron-zebra", "torch", "deepspeed", "flash-attn", "numpy", "sentencepiece", "wandb")
+
+
+def run_folder(config: Config, config_file: str | None) -> Path:
+    """Where this run lives: ``logging.run_dir``, or runs/ and the configuration's name."""
+    return Path(config.logging.run_dir or Path("runs") / (Path(config_file).stem if config_file else "default"))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for one run at a time (the lock goes with the process, however it ends).
+
+    Raises:
+        UserError: another run holds it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"logging.run_dir = {folder}: cannot be written ({error.strerror})") from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"logging.run_dir = {folder}: another run is writing there; stop it or give another folder"
+            ) from None
+        yield
+
+
+def write_description(folder: Path, config: Config, world_size: int) -> None:
+    """config.yaml (the former one kept under its time if it differs) and environment.json."""
+    file, text = folder / "config.yaml", to_yaml(config)
+    if file.exists() and file.read_text() != text:
+        file.rename(folder / f"config.until-{datetime.now():%Y%m%d-%H%M%S}.yaml")
+    _write(file, text)
+    environment = {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "world_size": world_size,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "variables": {
+            name: value for name, value in os.environ.items() if name.startswith(("OMP_", "NCCL_", "CUDA_", "TORCH_"))
+        },
+    }
+    _write(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def rank_log(folder: Path, rank: int) -> logging.Logger:
+    """This rank's log, logs/rank-00000.log."""
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    logger = logging.getLogger(f"megatron_zebra.rank{rank}")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    handler = logging.FileHandler(folder / "logs" / f"rank-{rank:05d}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    return logger
+
+
+def _write(file: Path, text: str) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(file)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

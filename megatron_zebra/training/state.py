@@ -1,0 +1,138 @@
+"""What a checkpoint holds beside tensors, and how both are saved and restored."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_zebra.checkpoint.catalog import retire_newer
+from megatron_zebra.checkpoint.collective import Collective
+from megatron_zebra.checkpoint.describe import compare_model
+from megatron_zebra.checkpoint.pieces import PieceKey
+from megatron_zebra.checkpoint.reader import Checkpoint, open_checkpoint
+from megatron_zebra.checkpoint.save import Saved, save
+from megatron_zebra.checkpoint.verify import find_latest_good
+from megatron_zebra.config import sections
+from megatron_zebra.errors import UserError
+from megatron_zebra.model.architecture import Architecture
+from megatron_zebra.parallel.optimizer import KINDS, Held, ShardedOptimizer
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. ``data`` names the training data that ``consumed_rows`` counts in."""
+
+    step: int = 0
+    consumed_rows: int = 0
+    consumed_tokens: int = 0
+    skipped_steps: int = 0
+    schedule_start: int = 0
+    updates: int = 0
+    seed: int = 0
+    data: list[str] = field(default_factory=list)
+
+
+def save_state(
+    root: Path,
+    progress: Progress,
+    arch: Architecture,
+    optimizer: ShardedOptimizer,
+    settings: sections.Checkpoint,
+    collective: Collective,
+    protect: Iterable[Path] = (),
+) -> Saved:
+    """Write a checkpoint of ``progress.step`` under ``root``; called by all ranks."""
+    held = list(optimizer.held())
+    pieces = [piece for part in held for piece in _pieces(part, optimizer.replicated, collective)]
+    expected = {(name, kind): shape for name, shape in arch.parameter_shapes().items() for kind in KINDS}
+    return save(
+        root,
+        progress.step,
+        iter(pieces),
+        {"architecture": arch.to_dict(), "progress": asdict(replace(progress, updates=optimizer.updates()))},
+        collective=collective,
+        expected=expected,
+        expected_bytes=sum(key.flat_numel * 4 for key, _ in pieces),
+        keep_last=settings.keep_last,
+        keep_every=settings.keep_every,
+        protect=protect,
+    )
+
+
+def resume_state(
+    root: Path, arch: Architecture, optimizer: ShardedOptimizer, collective: Collective
+) -> tuple[Progress | None, list[str]]:
+    """Restore the newest good checkpoint under ``root``, if there is one; called by all ranks.
+
+    Returns:
+        How far it was, and a line for each newer folder that was passed over.
+    """
+    found = find_latest_good(root, collective)
+    if found.folder is None or found.step is None:
+        return None, found.skipped
+    progress = restore(open_checkpoint(found.folder), arch, optimizer, KINDS)
+    if found.skipped and collective.rank == 0:
+        retire_newer(root, found.step)
+    return progress, found.skipped
+
+
+def start_from(
+    path: Path, settings: sections.Checkpoint, arch: Architecture, optimizer: ShardedOptimizer, collective: Collective
+) -> Progress:
+    """Begin a new run from ``checkpoint.load``: a checkpoint's folder, a run folder, or a folder of checkpoints."""
+    folder = locate(path, collective)
+    if settings.load_part == "weights":
+        restore(open_checkpoint(folder), arch, optimizer, ("weight",))
+        optimizer.restored(0)
+        return Progress()
+    progress = restore(open_checkpoint(folder), arch, optimizer, KINDS)
+    return replace(progress, schedule_start=progress.step) if settings.schedule == "restart" else progress
+
+
+def locate(path: Path, collective: Collective) -> Path:
+    """The newest good checkpoint at ``path``: itself, or below it."""
+    if (path / "index.json").is_file():
+        return path
+    for root in (path / "checkpoints", path):
+        if root.is_dir():
+            found = find_latest_good(root, collective)
+            if found.folder is not None:
+                return found.folder
+            if found.skipped:
+                raise UserError(f"{path}: holds no good checkpoint ({found.skipped[0]})")
+    raise UserError(f"{path}: holds no checkpoint (a run folder, or a folder with index.json, is needed)")
+
+
+@torch.no_grad()
+def restore(checkpoint: Checkpoint, arch: Architecture, optimizer: ShardedOptimizer, kinds: Iterable[str]) -> Progress:
+    """Read what this rank holds of each tensor into its optimizer.
+
+    Raises:
+        UserError: the checkpoint is of another model, or damaged.
+    """
+    differences = compare_model(checkpoint.metadata["architecture"], arch.to_dict())
+    if differences:
+        raise UserError(f"{checkpoint.folder}: is of another model: {'; '.join(differences)}")
+    for part in optimizer.held():
+        for kind in kinds:
+            values = checkpoint.read_tensor(part.name, kind, flat_start=part.start, flat_numel=part.numel)
+            part.tensors[kind].copy_(values)
+    progress = Progress(**checkpoint.metadata["progress"])
+    optimizer.restored(progress.updates)
+    return progress
+
+
+def _pieces(part: Held, replicated: bool, collective: Collective) -> Iterator[tuple[PieceKey, Any]]:
+    """What this rank writes of ``part``: all, or its share where every rank holds the same."""
+    first, last = 0, part.numel
+    if replicated:
+        first = part.numel * collective.rank // collective.world_size
+        last = part.numel * (collective.rank + 1) // collective.world_size
+    if last > first:
+        for kind, tensor in part.tensors.items():
+            key = PieceKey(
+                part.name, kind, part.shape, (0,) * len(part.shape), part.shape, part.start + first, last - first
+            )
+            yield key, tensor[first:last]

@@ -1,0 +1,64 @@
+#!/usr/bin/env python
+"""Train a Zebra: ``torchrun --nproc-per-node N pretrain_zebra.py --config FILE [--section.key VALUE ...]``."""
+
+import os
+import sys
+
+from megatron_zebra.config import check, help, load
+from megatron_zebra.config.sections import Config
+from megatron_zebra.errors import UserError
+
+
+def main(words: list[str]) -> int:
+    """Returns the exit code: 0, or 2 for a user's mistake (torchrun turns any failure into 1)."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        line = load.parse_words(words)
+        if line.help:
+            print(help.help_text())
+            return 0
+        world_size = line.world_size if line.dry_run and line.world_size else int(os.environ.get("WORLD_SIZE", "1"))
+        config = load.load_config(line.config, line.overrides)
+        if wrong := check.problems(config, world_size):
+            raise UserError("\nerror: ".join(wrong))
+        _run(config, line, world_size, rank)
+    except UserError as error:
+        # A mistake that every rank sees is told once; one that a single rank met names it.
+        if rank == 0 or str(error).startswith("rank "):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _run(config: Config, line: load.CommandLine, world_size: int, rank: int) -> None:
+    from megatron_zebra.model.architecture import resolve
+    from megatron_zebra.training.inputs import open_inputs
+    from megatron_zebra.training.run_folder import locked, run_folder, write_description
+    from megatron_zebra.training.schedule import longest_sequence
+
+    inputs = open_inputs(config)
+    arch = resolve(config.model, inputs.vocab_size, longest_sequence(config))
+    folder = run_folder(config, line.config)
+    if rank == 0:
+        for warning in check.warnings(config):
+            print(f"warning: {warning}", file=sys.stderr)
+    if line.dry_run:
+        from megatron_zebra.planning.summary import dry_run_text
+
+        print(dry_run_text(config, arch, world_size))
+        return
+    # torch and DeepSpeed only from here on: they take seconds to import.
+    import contextlib
+
+    from megatron_zebra.parallel.process import world
+    from megatron_zebra.training.loop import train
+
+    with locked(folder) if rank == 0 else contextlib.nullcontext():
+        if rank == 0:
+            write_description(folder, config, world_size)
+        with world(config.parallel.device, config.parallel.timeout) as grid:
+            train(config, arch, inputs, folder, grid)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
