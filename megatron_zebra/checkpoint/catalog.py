@@ -77,16 +77,14 @@ def retire_newer(root: Path, step: int) -> list[str]:
     Otherwise the next automatic resume would take one of them for the newest. Their index gets another name; the next ``prune``
     removes them. Returns their names.
     """
-    retired = []
-    for entry in entries(root):
-        if entry.complete and entry.step > step:
-            files.replace(entry.folder / layout.INDEX, entry.folder / RETIRED)
-            files.sync_folder(entry.folder)
-            retired.append(entry.folder.name)
-    left = newest(root)
-    if retired and left is not None:
-        write_latest(root, left)
-    return retired
+    complete = [entry for entry in entries(root) if entry.complete]
+    later = [entry for entry in complete if entry.step > step]
+    if later and len(later) < len(complete):
+        write_latest(root, complete[len(complete) - len(later) - 1].folder)
+    for entry in later:
+        files.replace(entry.folder / layout.INDEX, entry.folder / RETIRED)
+        files.sync_folder(entry.folder)
+    return [entry.folder.name for entry in later]
 
 
 def prune(root: Path, keep_last: int, keep_every: int = 0, protect: Iterable[Path] = ()) -> list[str]:
