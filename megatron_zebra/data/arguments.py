@@ -1,0 +1,43 @@
+"""The command-line options of tools that read text."""
+
+import argparse
+
+from megatron_zebra.data.inputs import InputOptions
+
+
+def add_input_options(parser: argparse.ArgumentParser) -> None:
+    """How inputs are read."""
+    parser.add_argument(
+        "--format",
+        choices=("auto", "jsonl", "text", "parquet"),
+        default="auto",
+        help="of all inputs (default: by the name of each)",
+    )
+    parser.add_argument(
+        "--text-key",
+        default="text",
+        metavar="KEY",
+        help="key of a JSON line, or column of a Parquet file (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--split-documents",
+        choices=("file", "line", "blank-line"),
+        default="file",
+        help="what a document is in plain text: a file, a line, or what lies between blank lines (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--glob",
+        default="*",
+        metavar="PATTERN",
+        help="which files of a folder, at any depth (default: all but hidden ones)",
+    )
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out and count documents that are not UTF-8 or not JSON, instead of stopping",
+    )
+
+
+def input_options(args: argparse.Namespace) -> InputOptions:
+    """The parsed options as the library takes them."""
+    return InputOptions(args.format, args.text_key, args.split_documents, args.glob)

@@ -1,0 +1,172 @@
+"""From text to an indexed pair: one process reads and writes, several tokenize, the order of documents stays."""
+
+import multiprocessing
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import chain
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_zebra.data.documents import documents
+from megatron_zebra.data.indexed import PairInfo
+from megatron_zebra.data.inputs import Chunk, InputFile, InputOptions, find_files, read_chunks
+from megatron_zebra.data.progress import Progress
+from megatron_zebra.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_zebra.data.writer import PairWriter, Vocabulary
+from megatron_zebra.errors import UserError
+
+_TASK = 1 << 19  # bytes of input a worker gets at once, at least
+_AHEAD = 3  # tasks a worker that may be under way
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to preprocess. ``workers`` processes tokenize; 1 does everything in this one."""
+
+    inputs: list[Path]
+    tokenizer: Path
+    prefix: Path
+    workers: int = 1
+    options: InputOptions = field(default_factory=InputOptions)
+    eod_token: str | None = None
+    append_eod: bool = True
+    skip_bad: bool = False
+    force: bool = False
+
+
+@dataclass
+class Report:
+    """What became of a job."""
+
+    info: PairInfo
+    text_bytes: int
+    empty: int
+    bad: int
+    first_bad: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """The documents of one task, tokenized."""
+
+    tokens: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int64]
+    text_bytes: int
+    empty: int
+    bad: list[str]
+    size: int
+
+
+def preprocess(job: Job) -> Report:
+    """Write the pair ``job.prefix`` and say what was done; UserError, and nothing written, where that is not possible."""
+    start = time.monotonic()
+    if job.workers < 1:
+        raise UserError(f"--workers {job.workers}: at least 1 is needed")
+    files = find_files(job.inputs, job.options)
+    tokenizer = load_tokenizer(job.tokenizer, job.eod_token)
+    vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.eod_id, tokenizer.hash, tokenizer.kind, tokenizer.name)
+    empty, text_bytes, bad, first_bad = 0, 0, 0, ""
+    try:
+        with (
+            PairWriter(job.prefix, vocabulary, job.force) as writer,
+            Progress("tokenizing", sum(file.size for file in files)) as progress,
+        ):
+            for part in _encode_all(job, tokenizer, files):
+                writer.add(part.tokens, part.lengths)
+                empty, text_bytes, bad = empty + part.empty, text_bytes + part.text_bytes, bad + len(part.bad)
+                first_bad = first_bad or (part.bad[0] if part.bad else "")
+                progress.update(part.size, f"{writer.tokens / 1e6:.2f}M tokens")
+            info = writer.finish()
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise UserError(
+            f"{job.prefix}: writing failed ({reason}); nothing was left there, the input is as it was"
+        ) from None
+    return Report(info, text_bytes, empty, bad, first_bad, time.monotonic() - start)
+
+
+def _tasks(files: list[InputFile], options: InputOptions) -> Iterator[list[Chunk]]:
+    """Chunks in order, small ones together."""
+    task: list[Chunk] = []
+    size = 0
+    for file in files:
+        for chunk in read_chunks(file, options):
+            task.append(chunk)
+            size += len(chunk.data) if isinstance(chunk.data, bytes) else sum(len(text or "") for text in chunk.data)
+            if size >= _TASK:
+                yield task
+                task, size = [], 0
+    if task:
+        yield task
+
+
+def _encode_all(job: Job, tokenizer: Tokenizer, files: list[InputFile]) -> Iterator[_Encoded]:
+    """The documents of all files, tokenized, in order."""
+    tasks = _tasks(files, job.options)
+    if job.workers == 1:
+        for task in tasks:
+            yield _encode(task, tokenizer, job)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would share the threads of the tokenizer's library
+    pool = ProcessPoolExecutor(job.workers, context, _start_worker, (job,))
+    try:
+        under_way: deque[Future[_Encoded]] = deque()
+        for task in tasks:
+            under_way.append(pool.submit(_encode_in_worker, task))
+            if len(under_way) >= job.workers * _AHEAD:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"{job.prefix}: a worker process was killed, perhaps for want of memory: try fewer --workers than {job.workers}"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _encode(task: list[Chunk], tokenizer: Tokenizer, job: Job) -> _Encoded:
+    bad: list[str] = []
+
+    def on_bad(error: UserError) -> None:
+        if not job.skip_bad:
+            raise error
+        bad.append(str(error))
+
+    texts = [text for chunk in task for text in documents(chunk, job.options, on_bad)]
+    kept = [text for text in texts if text.strip()]
+    end = [tokenizer.eod_id] if job.append_eod else []
+    encoded = [ids + end for ids in tokenizer.encode_batch(kept)]
+    lengths = np.array([len(ids) for ids in encoded], np.int64)
+    tokens = np.fromiter(chain.from_iterable(encoded), np.int32, int(lengths.sum()))
+    size = sum(chunk.size for chunk in task)
+    return _Encoded(tokens, lengths, sum(len(text.encode()) for text in kept), len(texts) - len(kept), bad, size)
+
+
+_worker: tuple[Tokenizer, Job] | None = None
+
+
+def _start_worker(job: Job) -> None:
+    """Open the tokenizer in a new process, which is to end with the one that started it, however that ends."""
+    global _worker
+    _worker = (load_tokenizer(job.tokenizer, job.eod_token), job)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        sentinel = parent.sentinel
+        threading.Thread(target=lambda: (wait([sentinel]), os._exit(1)), daemon=True).start()
+
+
+def _encode_in_worker(task: list[Chunk]) -> _Encoded:
+    assert _worker is not None
+    tokenizer, job = _worker
+    return _encode(task, tokenizer, job)

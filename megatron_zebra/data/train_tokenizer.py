@@ -1,0 +1,157 @@
+"""Training a SentencePiece tokenizer that gives every text back exactly: code, tabs, line ends and runs of spaces too."""
+
+import io
+import os
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_zebra.data.documents import documents
+from megatron_zebra.data.inputs import InputOptions, find_files, read_chunks
+from megatron_zebra.data.progress import Progress
+from megatron_zebra.errors import UserError
+
+_BLOCK = 2000  # characters the trainer sees at once; it gets whole lines, so that pieces may hold line ends
+
+
+@dataclass(frozen=True)
+class TokenizerJob:
+    """What to train on and what to make. At most ``sample_bytes`` of text are held, drawn evenly from all of it."""
+
+    inputs: list[Path]
+    vocab_size: int
+    output: Path
+    model: str = "bpe"
+    options: InputOptions = field(default_factory=InputOptions)
+    sample_bytes: int = 100_000_000
+    control_symbols: list[str] = field(default_factory=list)
+    character_coverage: float = 0.9995
+    threads: int = 1
+    seed: int = 1234
+    skip_bad: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class TokenizerReport:
+    """What was made, from how much text, and how many of the blocks of text it does not give back exactly."""
+
+    vocab_size: int
+    text_bytes: int
+    sampled_bytes: int
+    bytes_per_token: float
+    changed_blocks: int
+    blocks: int
+    seconds: float
+
+
+def train_tokenizer(job: TokenizerJob) -> TokenizerReport:
+    """Write ``job.output``; UserError, and nothing written, where that is not possible."""
+    import sentencepiece
+
+    start = time.monotonic()
+    if job.output.exists() and not job.force:
+        raise UserError(f"{job.output}: already there; choose another name, or replace it with --force")
+    if not job.output.resolve().parent.is_dir():
+        raise UserError(f"{job.output}: the folder {job.output.resolve().parent} does not exist")
+    sample, text_bytes = _sample(job)
+    if not sample:
+        raise UserError(f"--input: no text in {', '.join(map(str, job.inputs[:3]))}")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sample),
+            model_writer=model,
+            model_type=job.model,
+            vocab_size=job.vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            # The text is taken as it is: nothing normalised, added or removed.
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            character_coverage=job.character_coverage,
+            max_sentence_length=8 * _BLOCK,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            control_symbols=job.control_symbols,
+            num_threads=job.threads,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(f"--vocab-size {job.vocab_size}: {_advice(str(error))}") from None
+    _write(job.output, model.getvalue())
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    checked = random.Random(job.seed).sample(sample, min(len(sample), 1000))
+    encoded = tokenizer.EncodeAsIds(checked)
+    changed = sum(tokenizer.DecodeIds(ids) != text for ids, text in zip(encoded, checked))
+    return TokenizerReport(
+        vocab_size=tokenizer.GetPieceSize(),
+        text_bytes=text_bytes,
+        sampled_bytes=sum(len(text.encode()) for text in sample),
+        bytes_per_token=sum(len(text.encode()) for text in checked) / sum(len(ids) for ids in encoded),
+        changed_blocks=changed,
+        blocks=len(checked),
+        seconds=time.monotonic() - start,
+    )
+
+
+def _sample(job: TokenizerJob) -> tuple[list[str], int]:
+    """Blocks of text, at most ``sample_bytes`` of them by reservoir sampling, and the bytes of all text."""
+    generator = random.Random(job.seed)
+    room = max(1, job.sample_bytes // _BLOCK)
+    sample: list[str] = []
+    blocks, size = 0, 0
+    bad = (lambda error: None) if job.skip_bad else None
+    files = find_files(job.inputs, job.options)
+    with Progress("reading text", sum(file.size for file in files)) as progress:
+        for file in files:
+            for chunk in read_chunks(file, job.options):
+                for text in documents(chunk, job.options, *([bad] if bad else [])):
+                    size += len(text.encode())
+                    for block in _cut(text):
+                        blocks += 1
+                        if len(sample) < room:
+                            sample.append(block)
+                        elif (place := generator.randrange(blocks)) < room:
+                            sample[place] = block
+                progress.update(chunk.size, f"{len(sample):,} blocks of text")
+    return sample, size
+
+
+def _cut(text: str) -> Iterator[str]:
+    """A text in blocks of whole lines, about _BLOCK characters each; a longer line is cut."""
+    start = 0
+    while start < len(text):
+        end = start + _BLOCK
+        if end < len(text):
+            line_end = text.rfind("\n", start, end) + 1
+            end = line_end if line_end > start else end
+        yield text[start:end].replace("\0", "")  # the trainer would leave out the whole block
+        start = end
+
+
+def _advice(reason: str) -> str:
+    """SentencePiece's reason in one line, without the place in its source code."""
+    line = " ".join(reason.split()).rpartition("] ")[2] or "training failed"
+    return (
+        f"{line} (the vocabulary holds 256 bytes, the special tokens and the characters of the text, and then pieces)"
+    )
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
