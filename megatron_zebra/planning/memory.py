@@ -1,0 +1,107 @@
+"""Memory of one rank in a training step, by part. Pure: no torch.
+
+P parameters, dp ranks, e = bytes of a weight (4 in fp32, 2 in bf16). Gradients are summed in fp32 in both precisions;
+the optimizer is AdamW with two fp32 moments, and fp32 masters wherever the weights cannot be their own:
+
+    ZeRO   weights         gradients   masters                  moments
+    0      e P             4 P         4 P in bf16, else none   8 P
+    1      e P             4 P         4 P / dp                 8 P / dp
+    2      e P             4 P / dp    4 P / dp                 8 P / dp
+    3      e P / dp + G    4 P / dp    4 P / dp                 8 P / dp
+
+G: what ZeRO-3 holds gathered at once, at most the largest of DeepSpeed's live-parameter limit (1e9 by default).
+"""
+
+from dataclasses import dataclass
+from math import ceil, prod
+
+from megatron_zebra.config.sections import Config
+from megatron_zebra.model.architecture import Architecture
+from megatron_zebra.planning.activations import Activations, activations
+
+FP32 = 4
+LIVE_PARAMETERS = 10**9
+ALLOWANCE_SHARE = 0.05
+ALLOWANCE_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of the table: what, how many bytes, why so many."""
+
+    name: str
+    bytes: int
+    note: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One rank's memory at the highest moment of a step."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(part.bytes for part in self.parts)
+
+    def __getitem__(self, name: str) -> int:
+        return next(part.bytes for part in self.parts if part.name == name)
+
+
+def parameter_count(arch: Architecture) -> int:
+    """All parameters, a tied weight once."""
+    return sum(prod(shape) for shape in arch.parameter_shapes().values())
+
+
+def training_memory(arch: Architecture, config: Config, dp: int, tokens: int, fused_norm: bool = True) -> Memory:
+    """What one of ``dp`` ranks needs.
+
+    Args:
+        tokens: of a micro-batch, all its rows.
+        fused_norm: see ``activations`` (true on CUDA).
+    """
+    training, stage = config.training, config.optimizer.zero_stage
+    e = 2 if training.precision == "bf16" else FP32
+    found = activations(
+        arch,
+        tokens,
+        element_bytes=e,
+        recompute=training.recompute,
+        loss_chunk_size=training.loss_chunk_size,
+        fused_norm=fused_norm,
+    )
+    parts = [*state_parts(parameter_count(arch), e, stage, dp), *_activation_parts(found, training.recompute)]
+    allowance = ALLOWANCE_BYTES + int(ALLOWANCE_SHARE * sum(part.bytes for part in parts))
+    parts.append(Part("allowance", allowance, "5% for fragmentation, 1 GiB for the device's and communication's own"))
+    return Memory(tuple(parts))
+
+
+def state_parts(parameters: int, element_bytes: int, stage: int, dp: int) -> list[Part]:
+    """Weights, gradients and optimizer of one of ``dp`` ranks under ZeRO ``stage``."""
+
+    def share(whole: int, from_stage: int) -> int:
+        return ceil(whole / dp) if stage >= from_stage else whole
+
+    def note(text: str, from_stage: int) -> str:
+        return f"{text}, 1/{dp} of it" if stage >= from_stage and dp > 1 else f"{text}, whole"
+
+    p, e = parameters, element_bytes
+    kind = "bf16" if e == 2 else "fp32"
+    gathered = min(p, LIVE_PARAMETERS) * e if stage == 3 else 0
+    masters = FP32 * p if stage > 0 or e < FP32 else 0
+    weights = f"{kind}, 1/{dp} and those gathered for use" if stage == 3 else note(kind, 3)
+    return [
+        Part("weights", share(e * p, 3) + gathered, weights),
+        Part("gradients", share(FP32 * p, 2), note("fp32 sums", 2)),
+        Part(
+            "optimizer", share(masters + 2 * FP32 * p, 1), note("fp32 masters and moments" if masters else "moments", 1)
+        ),
+    ]
+
+
+def _activation_parts(found: Activations, recompute: str) -> list[Part]:
+    where = {"loss": "in the loss", "mlp": "in an MLP's backward", "attention": "in an attention's backward"}
+    return [
+        Part("activations", found.kept, f"kept from forward for backward, recompute = {recompute}"),
+        Part("working memory", found.working, f"beyond them at the highest moment, {where[found.highest]}"),
+    ]
