@@ -7,7 +7,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from checkpoint_cases import content_of, run_ranks, save_step, saved
 
 from megatron_zebra.checkpoint import (
     CheckpointError,
@@ -22,6 +21,7 @@ from megatron_zebra.checkpoint import (
     retire_newer,
 )
 from megatron_zebra.errors import UserError
+from tests.checkpoint.cases import content_of, run_ranks, save_step, saved
 
 
 def names(root):
@@ -130,7 +130,7 @@ def test_readers_beside_a_run_that_saves_and_prunes(tmp_path):
     watchers = [threading.Thread(target=watch) for _ in range(3)]
     for watcher in watchers:
         watcher.start()
-    for step in range(2, 25):
+    for step in range(2, 16):
         saved(save_step(tmp_path, step, keep_last=1))
     stop.set()
     for watcher in watchers:
@@ -200,7 +200,7 @@ def test_a_place_that_is_no_folder_is_named(tmp_path):
 LIMITED = """
 import resource, sys
 sys.path[:0] = [sys.argv[1]]
-from checkpoint_cases import save_step
+from tests.checkpoint.cases import save_step
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))
 for result in save_step(Path(sys.argv[2]), 1):
@@ -211,7 +211,7 @@ print(sorted(p.name for p in Path(sys.argv[2]).iterdir()))
 
 def test_a_limit_of_the_system_itself(tmp_path):
     """The kernel refuses the write (a file size limit), not a test double."""
-    command = [sys.executable, "-c", LIMITED, str(Path(__file__).parent), str(tmp_path / "root")]
+    command = [sys.executable, "-c", LIMITED, str(Path(__file__).parents[2]), str(tmp_path / "root")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["DiskFull", "DiskFull", "[]"], done.stdout + done.stderr

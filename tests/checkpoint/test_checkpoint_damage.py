@@ -7,9 +7,9 @@ import shutil
 
 import numpy as np
 import pytest
-from checkpoint_cases import content_of, run_ranks, save_step, saved, state
 
 from megatron_zebra.checkpoint import CheckpointError, DamagedCheckpoint, find_latest_good, open_checkpoint, verify
+from tests.checkpoint.cases import content_of, run_ranks, save_step, saved, state
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_cases import expected_shapes, save_step, saved, shares, state
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,12 +17,12 @@ from megatron_zebra.checkpoint import (
     commit,
     compare_model,
     describe,
-    files,
     open_checkpoint,
     verify,
     write_pieces,
 )
 from megatron_zebra.checkpoint.writer import as_bytes
+from tests.checkpoint.cases import expected_shapes, save_step, saved, shares, state
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
 SHAPES = st.lists(st.integers(1, 9), min_size=0, max_size=3).map(tuple)
@@ -58,14 +57,6 @@ def plans(draw):
     return tensors
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _without_waiting_for_the_disk():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "sync", lambda file: None)
-        patch.setattr(files, "sync_folder", lambda path: None)
-        yield
-
-
 def values(shape, dtype, seed):
     bits = np.random.default_rng(seed).integers(0, 255, size=(prod(shape), dtype.itemsize), dtype=np.uint8)
     if dtype == torch.bool:
@@ -84,7 +75,7 @@ def box_of(tensor, cut):
 
 
 @given(plans(), st.sampled_from((1, 8, 64, 4096)), st.booleans())
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_layout_reads_what_any_other_wrote(plan, block_bytes, check):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "step-00000001"

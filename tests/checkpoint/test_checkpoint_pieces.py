@@ -39,7 +39,7 @@ def test_runs_are_the_interval_in_order(key):
 
 
 @given(shapes.flatmap(lambda shape: st.tuples(keys(shape), keys(shape))))
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_copies_bring_exactly_the_common_elements(pair):
     source, target = pair
     theirs, out = elements(source), np.full(target.flat_numel, -1)
@@ -56,7 +56,7 @@ def test_copies_bring_exactly_the_common_elements(pair):
 
 
 @given(shapes.flatmap(lambda shape: st.lists(keys(shape), min_size=1, max_size=6)))
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_cover_agrees_with_counting(pieces):
     counts = np.zeros(prod(pieces[0].global_shape), int)
     for piece in pieces:
