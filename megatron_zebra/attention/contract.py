@@ -54,6 +54,8 @@ def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: S
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if segments.cu_q_device.device != q.device:
+        raise ValueError(f"segments are on {segments.cu_q_device.device}, but q is on {q.device}")
     if q.shape[0] != segments.total_q or k.shape[0] != segments.total_k:
         raise ValueError(
             f"segments describe {segments.total_q} queries and {segments.total_k} keys, "

@@ -59,7 +59,7 @@ BACKENDS: dict[str, Backend] = {
             "cpu",
             "megatron_zebra.attention.cpu",
             devices=("cpu",),
-            dtypes=("float64", "float32", "bfloat16"),
+            dtypes=("float64", "float32", "bfloat16", "float16"),
         ),
         Backend(
             "reference",
