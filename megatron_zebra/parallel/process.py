@@ -59,11 +59,10 @@ def world(wanted_device: str, timeout: float) -> Iterator[Grid]:
 
 def leave() -> None:
     """Destroy the process group, and DeepSpeed's memory of it, so that another may be made."""
-    import deepspeed.comm.comm as deepspeed_comm
+    import deepspeed.comm
 
     if dist.is_initialized():
-        dist.destroy_process_group()
-    deepspeed_comm.cdb = None
+        deepspeed.comm.destroy_process_group()
 
 
 def sum_over(values: list[float], device: torch.device) -> list[float]:
