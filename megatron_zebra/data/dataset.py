@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from megatron_zebra.data.best_fit import BestFitOrder
 from megatron_zebra.data.blend import Blend
 from megatron_zebra.data.concat import ConcatOrder
 from megatron_zebra.data.permutation import derive_key
@@ -48,7 +49,8 @@ class Dataset:
     """All rows of a training run, by number from 0 on and without end.
 
     ``sources`` and their ``weights`` (default: equal) are blended by rows; ``phases`` are consecutive. Sources keep their
-    places over phases, so a phase reads tokens that earlier ones did not. Errors in the arguments are UserErrors.
+    places over phases, so a phase reads tokens that earlier ones did not. ``packing`` best_fit keeps its index in
+    ``cache_dir``, by default beside each source. Errors in the arguments are UserErrors.
     """
 
     def __init__(
@@ -78,7 +80,8 @@ class Dataset:
             if packing == "concat":
                 self._orders.append(ConcatOrder(source.tokens, uses, key))
             else:
-                raise UserError("data.packing: best_fit is not there yet")
+                folder = source.cache_dir if cache_dir is None else Path(cache_dir)
+                self._orders.append(BestFitOrder(source, uses, key, folder))
 
     def locate(self, row: int) -> Location:
         """Where row ``row`` comes from."""

@@ -4,6 +4,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 from math import fsum
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ class Source(Protocol):
     name: str
     tokens: int
     documents: int
+    cache_dir: Path | None  # where what is derived from the source is kept by default; None: nowhere
 
     @property
     def fingerprint(self) -> str:
@@ -64,6 +66,7 @@ class FileSource:
         self.pair = pair
         self.name = name or pair.bin_path.stem
         self.documents = len(documents)
+        self.cache_dir: Path | None = pair.bin_path.parent / "packing_cache"
         self._bounds = range(documents.start, documents.stop + 1)  # documents and the bound past the last
         self._vocab_size = vocab_size
         self._base = pair.document_start(documents.start)

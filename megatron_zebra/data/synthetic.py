@@ -5,6 +5,7 @@ the inside of a phrase and the repeats can be learnt, so the loss of a working m
 """
 
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
@@ -38,6 +39,7 @@ class SyntheticSource:
         self.name = name
         part = range(documents) if part is None else part
         self.documents = len(part)
+        self.cache_dir: Path | None = None
         self._first = part.start
         self._seed, self._vocab_size, self._mean_length = seed, vocab_size, mean_length
         generator = np.random.Generator(np.random.PCG64(derive_key("synthetic lengths", seed)))

@@ -1,14 +1,18 @@
 """A source in memory and a brute-force model of rows, for the tests of this folder."""
 
 import numpy as np
+from hypothesis import settings
 
 from megatron_zebra.data.rows import IGNORE, Row
+
+patient = settings(deadline=None, max_examples=50)  # the machine may be busy
 
 
 class ListSource:
     """Documents given as lengths; token t of the source has the id t, so that a row shows where it came from."""
 
     name = "list"
+    cache_dir = None
 
     def __init__(self, lengths: list[int]) -> None:
         self.documents = len(lengths)

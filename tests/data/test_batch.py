@@ -5,8 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from corpus import ListSource
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_zebra.data.batch import BatchLoader, MicroBatch, StepBatch, collate, read_step
@@ -14,6 +13,7 @@ from megatron_zebra.data.dataset import Dataset, Phase
 from megatron_zebra.data.rows import IGNORE, OnePass
 from megatron_zebra.data.synthetic import SyntheticSource
 from megatron_zebra.errors import UserError
+from tests.data.corpus import ListSource, patient
 
 
 def dataset(packing: str = "concat") -> Dataset:
@@ -46,6 +46,7 @@ def test_every_layout_reads_the_same_global_batches(dp_size: int, micro_batch_si
             assert set(sources) == {row.source}
 
 
+@patient
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=10), st.integers(2, 30), st.integers(1, 4))
 def test_a_micro_batch_is_its_rows_flattened(lengths: list[int], length: int, rows: int) -> None:
     reader = Dataset([ListSource(lengths)], [Phase(None, length)], 1)
@@ -122,7 +123,7 @@ def test_evaluation_reads_each_token_once_on_any_number_of_ranks() -> None:
         assert sorted(seen) == [t for t in range(38) if t not in (0, 10, 13)]
 
 
-@settings(max_examples=30)
+@patient
 @given(st.integers(1, 30), st.integers(2, 60), st.integers(2, 40), st.integers(0, 5), st.data())
 def test_synthetic_documents(documents: int, mean: int, vocabulary: int, seed: int, data: st.DataObject) -> None:
     source = SyntheticSource(documents, mean, vocabulary, seed)
