@@ -3,6 +3,7 @@
 import torch
 
 from megatron_zebra.config.sections import Config
+from megatron_zebra.errors import UserError
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.decoder import Decoder
 from megatron_zebra.model.initialize import Initializer
@@ -16,13 +17,16 @@ def build_model(config: Config, arch: Architecture, device: torch.device) -> Dec
     """The decoder with its initial weights, in the precision trained in."""
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     init = Initializer(config.training.seed, config.model.init_std, arch.num_layers, dtype, device)
-    return Decoder(
-        arch,
-        init,
-        backend=config.model.attention_backend,
-        recompute=config.training.recompute,
-        loss_chunk_size=config.training.loss_chunk_size,
-    )
+    try:
+        return Decoder(
+            arch,
+            init,
+            backend=config.model.attention_backend,
+            recompute=config.training.recompute,
+            loss_chunk_size=config.training.loss_chunk_size,
+        )
+    except ValueError as error:
+        raise UserError(f"model.attention_backend = {config.model.attention_backend}: {error}") from None
 
 
 def build_optimizer(config: Config, model: Decoder, grid: Grid) -> ShardedOptimizer:
