@@ -53,12 +53,12 @@ def parameter_count(arch: Architecture) -> int:
     return sum(prod(shape) for shape in arch.parameter_shapes().values())
 
 
-def training_memory(arch: Architecture, config: Config, dp: int, tokens: int, fused_norm: bool = True) -> Memory:
+def training_memory(arch: Architecture, config: Config, dp: int, tokens: int, on_cpu: bool = False) -> Memory:
     """What one of ``dp`` ranks needs.
 
     Args:
         tokens: of a micro-batch, all its rows.
-        fused_norm: see ``activations`` (true on CUDA).
+        on_cpu: see ``activations``.
     """
     training, stage = config.training, config.optimizer.zero_stage
     e = 2 if training.precision == "bf16" else FP32
@@ -68,7 +68,7 @@ def training_memory(arch: Architecture, config: Config, dp: int, tokens: int, fu
         element_bytes=e,
         recompute=training.recompute,
         loss_chunk_size=training.loss_chunk_size,
-        fused_norm=fused_norm,
+        on_cpu=on_cpu,
     )
     parts = [*state_parts(parameter_count(arch), e, stage, dp), *_activation_parts(found, training.recompute)]
     allowance = ALLOWANCE_BYTES + int(ALLOWANCE_SHARE * sum(part.bytes for part in parts))

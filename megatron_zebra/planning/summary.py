@@ -101,7 +101,7 @@ def _memory_title(config: Config) -> str:
 def _memory(config: Config, arch: Architecture, world_size: int) -> list[str]:
     tokens = config.training.micro_batch_size * longest_row(config)
     on_cpu = config.parallel.device == "cpu"
-    memory = training_memory(arch, config, world_size, tokens, fused_norm=not on_cpu)
+    memory = training_memory(arch, config, world_size, tokens, on_cpu=on_cpu)
     rows = [(part.name, _bytes(part.bytes), part.note) for part in memory.parts]
     return _table([*rows, ("total", _bytes(memory.total), "")])
 
