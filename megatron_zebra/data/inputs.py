@@ -142,15 +142,17 @@ def _byte_chunks(file: InputFile, options: InputOptions) -> Iterator[Chunk]:
     parts: list[bytes] = []
     line, done, at = 1, 0, 0
     for block, at in _blocks(file):
-        if line == 1 and not parts:
-            block = block.removeprefix(_BOM)
         cut = _last_end(parts[-1] if parts else b"", block, boundary)
         if cut:
             data = b"".join([*parts, block[:cut]])
-            yield Chunk(str(file.path), file.format, line, data, at - done)
+            yield _byte_chunk(file, line, data, at - done)
             line, done, parts = line + data.count(b"\n"), at, []
         parts.append(block[cut:])
-    yield Chunk(str(file.path), file.format, line, b"".join(parts), at - done)
+    yield _byte_chunk(file, line, b"".join(parts), at - done)
+
+
+def _byte_chunk(file: InputFile, line: int, data: bytes, size: int) -> Chunk:
+    return Chunk(str(file.path), file.format, line, data.removeprefix(_BOM) if line == 1 else data, size)
 
 
 def _last_end(before: bytes, block: bytes, boundary: Boundary) -> int:

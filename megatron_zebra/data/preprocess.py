@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -159,6 +160,7 @@ _worker: tuple[Tokenizer, Job] | None = None
 def _start_worker(job: Job) -> None:
     """Open the tokenizer in a new process, which is to end with the one that started it, however that ends."""
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it
     _worker = (load_tokenizer(job.tokenizer, job.eod_token), job)
     parent = multiprocessing.parent_process()
     if parent is not None:
