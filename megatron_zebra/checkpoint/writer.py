@@ -145,7 +145,6 @@ def commit(
     check_types(pieces, folder)
     check_cover((piece.key for piece in pieces), expected)
     with files.naming("writing", folder / layout.INDEX):
-        files.sync_folder(folder)
         files.sync_folder(folder.parent)
         files.write_whole(folder / layout.INDEX, layout.encode_index(Index(step, dict(metadata), list(entries))))
 

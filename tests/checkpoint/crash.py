@@ -57,6 +57,8 @@ class Crash:
             self._undo.append((path.parent, lambda: path.unlink(missing_ok=True)))
         if name == "replace":
             source, target = args
+            if source in self._unsynced:
+                self._unsynced = self._unsynced - {source} | {target}
             old, new = target.read_bytes() if target.exists() else None, source.read_bytes()
             self._undo.append((target.parent, lambda: _put(target, old) or _put(source, new)))
         if name == "remove" and path.exists():

@@ -22,6 +22,7 @@ from megatron_zebra.checkpoint import (
 )
 from megatron_zebra.errors import UserError
 from tests.checkpoint.cases import content_of, run_ranks, save_step, saved
+from tests.checkpoint.crash import crashing
 
 
 def names(root):
@@ -101,6 +102,15 @@ def test_latest_is_a_hint(tmp_path):
         assert find_latest_good(tmp_path).step == 2
     (tmp_path / "latest").unlink()
     assert find_latest_good(tmp_path).step == 2
+
+
+def test_removal_takes_the_index_first_and_makes_that_durable(tmp_path):
+    for step in (1, 2):
+        saved(save_step(tmp_path, step))
+    with crashing(None) as crash:
+        prune(tmp_path, 1)
+    assert crash.log[:2] == ["remove index.json", "sync_folder step-00000001"]
+    assert crash.log[-1] == "remove_folder step-00000001"
 
 
 def test_removed_by_two_at_once(tmp_path):

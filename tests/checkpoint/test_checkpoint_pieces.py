@@ -31,6 +31,7 @@ def elements(key):
 
 
 @given(shapes.flatmap(keys))
+@settings(deadline=None)
 def test_runs_are_the_interval_in_order(key):
     every = np.arange(prod(key.global_shape)).reshape(key.global_shape or (1,))
     parts = [every[tuple(map(slice, run.lo, run.hi))].reshape(-1) for run in runs(key)]
@@ -39,7 +40,7 @@ def test_runs_are_the_interval_in_order(key):
 
 
 @given(shapes.flatmap(lambda shape: st.tuples(keys(shape), keys(shape))))
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 def test_copies_bring_exactly_the_common_elements(pair):
     source, target = pair
     theirs, out = elements(source), np.full(target.flat_numel, -1)
@@ -56,7 +57,7 @@ def test_copies_bring_exactly_the_common_elements(pair):
 
 
 @given(shapes.flatmap(lambda shape: st.lists(keys(shape), min_size=1, max_size=6)))
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 def test_cover_agrees_with_counting(pieces):
     counts = np.zeros(prod(pieces[0].global_shape), int)
     for piece in pieces:
@@ -79,6 +80,7 @@ def tilings(draw):
 
 
 @given(tilings(), st.data())
+@settings(deadline=None)
 def test_a_tiling_covers_and_any_piece_lost_or_doubled_is_found(pieces, data):
     assert tensor_defect(pieces) is None
     victim = data.draw(st.integers(0, len(pieces) - 1))
