@@ -1,6 +1,8 @@
 """Batches: the same global batch under any layout, prepared ahead, and errors that come out where they belong."""
 
 import threading
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,11 @@ from hypothesis import strategies as st
 
 from megatron_zebra.data.batch import BatchLoader, MicroBatch, StepBatch, collate, read_step
 from megatron_zebra.data.dataset import Dataset, Phase
+from megatron_zebra.data.indexed import IndexedPair
 from megatron_zebra.data.rows import IGNORE, OnePass
+from megatron_zebra.data.source import FileSource
 from megatron_zebra.data.synthetic import SyntheticSource
+from megatron_zebra.data.writer import PairWriter, Vocabulary
 from megatron_zebra.errors import UserError
 from tests.data.corpus import ListSource, patient
 
@@ -121,6 +126,26 @@ def test_evaluation_reads_each_token_once_on_any_number_of_ranks() -> None:
                     for part in batch.micro_batches:
                         seen += part.labels[part.labels != IGNORE].tolist()
         assert sorted(seen) == [t for t in range(38) if t not in (0, 10, 13)]
+
+
+def test_K07_a_batch_of_long_rows_costs_its_tokens_only(tmp_path: Path) -> None:
+    """S = 131072: peak memory of reading a micro-batch from files, in int64 arrays of S (S x S would be 131072 of them)."""
+    length = 131_072
+    vocabulary = Vocabulary(1000, 0, "", "", "")
+    with PairWriter(tmp_path / "p", vocabulary) as writer:
+        writer.add(np.arange(4 * length) % 1000, np.full(1024, length // 256))
+        writer.finish()
+    for packing in ("concat", "best_fit"):
+        reader = Dataset([FileSource(IndexedPair(tmp_path / "p"))], [Phase(None, length)], 1, packing=packing)
+        read_step(reader, 0, 0, 1, 1)
+        tracemalloc.start()
+        batch = read_step(reader, 1, 1, 1, 1).micro_batches[0]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 12 * 8 * length
+        assert batch.cu_seqlens.size >= 256
+        total = sum(part.numel() for part in (batch.tokens, batch.labels, batch.positions))
+        assert total + batch.cu_seqlens.size + batch.sources.size < 4 * length
 
 
 @patient
