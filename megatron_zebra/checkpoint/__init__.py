@@ -3,7 +3,13 @@
 from megatron_zebra.checkpoint.catalog import newest, prune, retire_newer
 from megatron_zebra.checkpoint.collective import Alone, Collective
 from megatron_zebra.checkpoint.describe import compare_model, describe
-from megatron_zebra.checkpoint.errors import CheckpointError, DamagedCheckpoint, DiskFull, IncompleteCheckpoint
+from megatron_zebra.checkpoint.errors import (
+    CheckpointError,
+    DamagedCheckpoint,
+    DiskFull,
+    IncompleteCheckpoint,
+    OtherFormat,
+)
 from megatron_zebra.checkpoint.pieces import PieceKey
 from megatron_zebra.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_zebra.checkpoint.save import Saved, save
@@ -19,6 +25,7 @@ __all__ = [
     "DiskFull",
     "Found",
     "IncompleteCheckpoint",
+    "OtherFormat",
     "PieceKey",
     "Saved",
     "commit",

@@ -74,16 +74,17 @@ def remove_checkpoint(folder: Path) -> None:
 def retire_newer(root: Path, step: int) -> list[str]:
     """Take the checkpoints after ``step`` out of the line, when a run goes on from ``step`` on purpose (or because they are damaged).
 
-    Otherwise the next automatic resume would take one of them for the newest. Their index gets another name; the next ``prune``
-    removes them. Returns their names.
+    Otherwise the next automatic resume would take one of them for the newest. Their index gets another name, and ``prune``
+    removes them once the run has passed their step again. Returns their names.
     """
-    complete = [entry for entry in entries(root) if entry.complete]
-    later = [entry for entry in complete if entry.step > step]
-    if later and len(later) < len(complete):
-        write_latest(root, complete[len(complete) - len(later) - 1].folder)
-    for entry in later:
-        files.replace(entry.folder / layout.INDEX, entry.folder / RETIRED)
-        files.sync_folder(entry.folder)
+    with files.naming("setting aside checkpoints in", root):
+        complete = [entry for entry in entries(root) if entry.complete]
+        later = [entry for entry in complete if entry.step > step]
+        if later and len(later) < len(complete):
+            write_latest(root, complete[len(complete) - len(later) - 1].folder)
+        for entry in later:
+            files.replace(entry.folder / layout.INDEX, entry.folder / RETIRED)
+            files.sync_folder(entry.folder)
     return [entry.folder.name for entry in later]
 
 
@@ -102,6 +103,9 @@ def prune(root: Path, keep_last: int, keep_every: int = 0, protect: Iterable[Pat
         name = entry.folder.name
         current = entry.complete and latest_revision[entry.step] == name
         by_step = current and keep_every > 0 and entry.step % keep_every == 0
+        retired = not entry.complete and (entry.folder / RETIRED).exists()
+        if retired and entry.step > max(latest_revision, default=-1):
+            continue
         if name in protected or name in last or by_step:
             continue
         remove_checkpoint(entry.folder)

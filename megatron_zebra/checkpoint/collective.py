@@ -2,7 +2,13 @@
 
 from typing import Any, Protocol
 
-from megatron_zebra.checkpoint.errors import CheckpointError, DamagedCheckpoint, DiskFull, IncompleteCheckpoint
+from megatron_zebra.checkpoint.errors import (
+    CheckpointError,
+    DamagedCheckpoint,
+    DiskFull,
+    IncompleteCheckpoint,
+    OtherFormat,
+)
 
 
 class Collective(Protocol):
@@ -46,4 +52,6 @@ def agree(collective: Collective, error: Exception | None) -> None:
             raise ours(f"rank {rank}: {text}") if ours else CheckpointError(f"rank {rank}: {name}: {text}")
 
 
-_OURS = {kind.__name__: kind for kind in (CheckpointError, DamagedCheckpoint, IncompleteCheckpoint, DiskFull)}
+_OURS = {
+    kind.__name__: kind for kind in (CheckpointError, DamagedCheckpoint, OtherFormat, IncompleteCheckpoint, DiskFull)
+}

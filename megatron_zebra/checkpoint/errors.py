@@ -11,6 +11,10 @@ class DamagedCheckpoint(CheckpointError):
     """A file of a checkpoint is missing, cut, or does not match its checksum."""
 
 
+class OtherFormat(CheckpointError):
+    """A sound checkpoint of a format version that this program does not read; never passed over as if it were damaged."""
+
+
 class IncompleteCheckpoint(CheckpointError):
     """The pieces do not cover a tensor exactly once, or a tensor is not there at all."""
 

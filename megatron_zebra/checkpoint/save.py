@@ -19,6 +19,7 @@ class Saved:
     """What a save did: all ranks' bytes, the seconds it took, and the names of older checkpoints that went.
 
     ``newer`` names complete checkpoints of later steps, which an automatic resume would prefer (see ``retire_newer``).
+    ``warning``: older ones could not be removed; the new one is whole all the same.
     """
 
     folder: Path
@@ -27,10 +28,13 @@ class Saved:
     seconds: float
     removed: list[str] = field(default_factory=list)
     newer: list[str] = field(default_factory=list)
+    warning: str | None = None
 
     def __str__(self) -> str:
         rate = self.bytes / max(self.seconds, 1e-9) / 1e6
-        return f"{self.folder}: {self.bytes / 1e6:,.1f} MB in {self.seconds:.2f} s ({rate:,.0f} MB/s)"
+        return f"{self.folder}: {self.bytes / 1e6:,.1f} MB in {self.seconds:.2f} s ({rate:,.0f} MB/s)" + (
+            f"; warning: {self.warning}" if self.warning else ""
+        )
 
 
 def save(
@@ -67,9 +71,9 @@ def save(
         if group.rank == 0 and not (folder / layout.INDEX).exists():
             files.remove_tree(folder)
         raise
-    removed, newer = _by_rank_0(group, lambda: _finish(root, step, folder, keep_last, keep_every, protect))
+    removed, newer, warning = _by_rank_0(group, lambda: _finish(root, step, folder, keep_last, keep_every, protect))
     total = sum(w.bytes for w in written)
-    return Saved(folder, step, total, time.perf_counter() - began, removed, newer)
+    return Saved(folder, step, total, time.perf_counter() - began, removed, newer, warning)
 
 
 def _begin(root: Path, step: int, needed: int) -> Path:
@@ -84,19 +88,21 @@ def _begin(root: Path, step: int, needed: int) -> Path:
 
 def _finish(
     root: Path, step: int, folder: Path, keep_last: int | None, keep_every: int, protect: Iterable[Path]
-) -> tuple[list[str], list[str]]:
+) -> tuple[list[str], list[str], str | None]:
     with files.naming("writing", root / catalog.LATEST):
         catalog.write_latest(root, folder)
     newer = [entry.folder.name for entry in catalog.entries(root) if entry.complete and entry.step > step]
-    removed = []
-    with files.naming("removing old checkpoints in", root):
+    removed: list[str] = []
+    try:
         for entry in catalog.entries(root):
             if entry.step == step and entry.folder.name != folder.name:
                 catalog.remove_checkpoint(entry.folder)
                 removed.append(entry.folder.name)
         if keep_last is not None:
             removed += catalog.prune(root, keep_last, keep_every, [folder, *protect])
-    return removed, newer
+    except OSError as error:
+        return removed, newer, f"{error.filename or root}: {error.strerror}; older checkpoints stay"
+    return removed, newer, None
 
 
 def _by_all(group: Collective, act: Callable[[], Written]) -> list[Written]:

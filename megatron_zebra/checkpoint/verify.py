@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_zebra.checkpoint import catalog, layout
 from megatron_zebra.checkpoint.blocks import READ_BYTES, opened, read_span
 from megatron_zebra.checkpoint.collective import Alone, Collective, agree
-from megatron_zebra.checkpoint.errors import CheckpointError
+from megatron_zebra.checkpoint.errors import CheckpointError, OtherFormat
 from megatron_zebra.checkpoint.layout import Piece
 from megatron_zebra.checkpoint.reader import Checkpoint, open_checkpoint
 
@@ -26,6 +26,12 @@ def verify(
         checkpoint = open_checkpoint(folder)
     except CheckpointError as error:
         return [str(error)]
+    return _check_data(checkpoint, rank, world_size, progress)
+
+
+def _check_data(
+    checkpoint: Checkpoint, rank: int, world_size: int, progress: Callable[[int], None] | None
+) -> list[str]:
     bad = _check_files(checkpoint)
     problems = list(bad.values())
     total = sum(p.byte_length for tensor in checkpoint.tensors() for p in checkpoint.pieces(*tensor))
@@ -85,11 +91,16 @@ def _check_blocks(
 
 @dataclass(frozen=True)
 class Found:
-    """The newest good checkpoint (None: there is none), and one line for each newer folder that was passed over."""
+    """The newest good checkpoint (None: there is none), and one line for each newer folder that was passed over.
+
+    ``rejected`` of those were complete and are damaged; the others are half-written or set aside. With ``folder`` None and
+    something rejected, starting from nothing would be to give up a run: that is for the user to decide.
+    """
 
     folder: Path | None
     step: int | None
     skipped: list[str]
+    rejected: int = 0
 
 
 def find_latest_good(
@@ -100,7 +111,7 @@ def find_latest_good(
     Newest is by step and revision of the folders that have an index, whatever ``latest`` says: the index is the last thing
     written before a checkpoint is durable, so one that ``latest`` does not name yet is as good. ``deep`` checks all data,
     shared out over the ranks; without it only lists and sizes are checked (reading checks what it reads in any case).
-    ``max_step`` passes over later steps.
+    ``max_step`` passes over later steps. OtherFormat is raised on all ranks for a checkpoint of another format version.
     """
     group = collective or Alone()
     failure: Exception | None = None
@@ -112,6 +123,7 @@ def find_latest_good(
             failure = CheckpointError(f"{root}: {error.strerror}")
     agree(group, failure)
     skipped: list[str] = []
+    rejected = 0
     for entry in group.all_gather(candidates)[0]:
         if not entry.complete:
             retired = (entry.folder / catalog.RETIRED).exists()
@@ -120,23 +132,28 @@ def find_latest_good(
             continue
         problems = _problems(entry.folder, group, deep)
         if not problems:
-            return Found(entry.folder, entry.step, skipped)
+            return Found(entry.folder, entry.step, skipped, rejected)
+        rejected += 1
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         skipped.append(f"{entry.folder.name} skipped: {problems[0]}{more}")
-    return Found(None, None, skipped)
+    return Found(None, None, skipped, rejected)
 
 
 def _problems(folder: Path, group: Collective, deep: bool) -> list[str]:
     """All ranks' problems, each once."""
+    other_format: OtherFormat | None = None
     try:
-        mine = verify(folder, group.rank, group.world_size) if deep else _shallow(folder)
+        checkpoint = open_checkpoint(folder)
+        mine = _check_data(checkpoint, group.rank, group.world_size, None) if deep else _shallow(checkpoint)
+    except OtherFormat as error:
+        other_format, mine = error, []
+    except CheckpointError as error:
+        mine = [str(error)]
     except Exception as error:  # whatever it is, the others must not wait for this rank
         mine = [f"{folder}: {type(error).__name__}: {error}"]
+    agree(group, other_format)
     return list(dict.fromkeys(line for lines in group.all_gather(mine) for line in lines))
 
 
-def _shallow(folder: Path) -> list[str]:
-    try:
-        return list(_check_files(open_checkpoint(folder)).values())
-    except CheckpointError as error:
-        return [str(error)]
+def _shallow(checkpoint: Checkpoint) -> list[str]:
+    return list(_check_files(checkpoint).values())

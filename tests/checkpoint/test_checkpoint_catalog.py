@@ -89,9 +89,23 @@ def test_going_on_from_an_older_step_takes_the_newer_out_of_the_line(tmp_path):
     assert found.step == 1
     assert all("set aside" in line for line in found.skipped)
     result = saved(save_step(tmp_path, 2, content=10, keep_last=3))
-    assert steps(tmp_path) == [1, 2]
+    assert steps(tmp_path) == [1, 2, 3]  # step 3's stays until the run gets there again
     assert (result.newer, content_of(find_latest_good(tmp_path).folder)) == ([], 10)
     assert retire_newer(tmp_path, 2) == []
+    saved(save_step(tmp_path, 4, keep_last=3))
+    assert steps(tmp_path) == [1, 2, 4]
+
+
+def test_an_older_one_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch):
+    saved(save_step(tmp_path, 1))
+
+    def refuse(folder):
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr(catalog, "remove_checkpoint", refuse)
+    result = saved(save_step(tmp_path, 2, keep_last=1))
+    assert str(result).endswith(f"; warning: {tmp_path / 'step-00000001'}: Permission denied; older checkpoints stay")
+    assert steps(tmp_path) == [1, 2]
 
 
 def test_latest_is_a_hint(tmp_path):

@@ -8,7 +8,15 @@ import shutil
 import numpy as np
 import pytest
 
-from megatron_zebra.checkpoint import CheckpointError, DamagedCheckpoint, find_latest_good, open_checkpoint, verify
+from megatron_zebra.checkpoint import (
+    CheckpointError,
+    DamagedCheckpoint,
+    OtherFormat,
+    find_latest_good,
+    layout,
+    open_checkpoint,
+    verify,
+)
 from tests.checkpoint.cases import content_of, run_ranks, save_step, saved, state
 
 
@@ -93,9 +101,9 @@ DAMAGES = {
     "deep index": (lambda f: (f / "index.json").write_text("[" * 100_000), "index.json: not JSON"),
     "other format": (
         lambda f: rewrite(f / "index.json", lambda d: d.update(format=99)),
-        "format version 99, .* reads 1",
+        "index.json: checksum",
     ),
-    "no format": (lambda f: rewrite(f / "index.json", lambda d: d.pop("format")), "format version None"),
+    "no format": (lambda f: rewrite(f / "index.json", lambda d: d.pop("format")), "index.json: checksum"),
     "other step": (lambda f: rewrite(f / "index.json", lambda d: d.update(step=7)), "index.json: checksum"),
     "no ranks": (lambda f: rewrite(f / "index.json", lambda d: d.pop("ranks")), "index.json: checksum"),
     "no index": (lambda f: (f / "index.json").unlink(), "no index.json: half-written"),
@@ -125,6 +133,32 @@ def test_damage_is_named_and_the_last_good_one_is_used_by_all_ranks(root, newest
         assert re.search(r"step-00000002.*skipped", found.skipped[0])
         assert re.search(message, found.skipped[0])
     assert content_of(root / "step-00000001") == 1
+
+
+def test_another_format_version_is_named_not_passed_over(root, newest):
+    """Else an older program would set aside, and in time remove, what a newer one saved."""
+
+    def change(document):
+        document["format"] = 99
+        del document["checksum"]
+        document["checksum"] = layout.checksum(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())
+
+    rewrite(newest / "index.json", change)
+    for result in run_ranks(3, lambda group: error_of(lambda: find_latest_good(root, group))):
+        assert result.endswith("index.json: format version 99, this program reads 1")
+    assert "format version 99" in verify(newest)[0]
+    with pytest.raises(OtherFormat):
+        open_checkpoint(newest)
+
+
+def test_when_none_is_good_the_caller_can_tell_damage_from_nothing(root):
+    for step in (1, 2):
+        (root / f"step-0000000{step}" / "rank-00001.bin").write_bytes(b"")
+    found = find_latest_good(root)
+    assert (found.folder, found.step, found.rejected, len(found.skipped)) == (None, None, 2, 2)
+    for step in (1, 2):
+        (root / f"step-0000000{step}" / "index.json").unlink()
+    assert find_latest_good(root).rejected == 0
 
 
 def test_a_flip_that_one_rank_finds_is_known_to_all(root, newest):
@@ -205,7 +239,7 @@ def test_mutated_json_is_an_error_or_changes_nothing(newest, name):
 
 def test_mutated_lists_that_pass_for_checked_are_still_refused_or_right(newest, monkeypatch):
     """Behind the checksums the decoder trusts nothing either (a foreign program may have written the file)."""
-    from megatron_zebra.checkpoint import layout, reader
+    from megatron_zebra.checkpoint import reader
 
     def unchecked(data, entry, where):
         honest = layout.RankFile(
