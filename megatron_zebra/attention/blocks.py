@@ -17,8 +17,8 @@ import numpy as np
 
 from megatron_zebra.attention.window import Int64, Window
 
-SHORT = 128  # segments up to this long are batched with others of their length ...
-SHORT_STEP = 16  # ... rounded up to a multiple of this
+SHORT = 64  # segments up to this long are batched with others of their length ...
+SHORT_STEP = 8  # ... rounded up to a multiple of this
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Plan:
     """The calls for one pattern of segments and one window, in order."""
 
     window: Window
+    total_q: int
+    total_k: int
     tiles: list[Tiles] = field(default_factory=list)
     padded: list[Padded] = field(default_factory=list)
 
@@ -73,8 +75,8 @@ class Plan:
 
     @property
     def whole(self) -> bool:
-        """Whether it is one causal tile, and so everything that is packed."""
-        return self.calls == 1 and len(self.tiles) == 1 and self.tiles[0].kind == "causal" and self.tiles[0].count == 1
+        """Whether one causal tile is all that is packed."""
+        return [(t.kind, t.rows, t.rows) for t in self.tiles] == [("causal", self.total_q, self.total_k)]
 
 
 def band_rows(window: int, group: int) -> int:
@@ -89,7 +91,7 @@ def band_rows(window: int, group: int) -> int:
 
 def plan(cu_q: Int64, cu_k: Int64, window: Window, group: int = 1) -> Plan:
     """Cut the segments into calls that compute O(total · window) pairs; ``group`` query heads share a key head."""
-    result = Plan(window)
+    result = Plan(window, int(cu_q[-1]), int(cu_k[-1]))
     rows = 0 if window is None else band_rows(window, group)
     short: dict[int, list[int]] = {}
     q_lengths, k_lengths = np.diff(cu_q), np.diff(cu_k)

@@ -6,6 +6,8 @@ from megatron_zebra.attention.registry import check_backend, load_backend
 from megatron_zebra.attention.segments import Segments
 from megatron_zebra.attention.window import Window, effective_window
 
+__all__ = ["Segments", "attention"]
+
 
 def attention(
     q: torch.Tensor,
