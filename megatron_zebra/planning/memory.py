@@ -1,19 +1,23 @@
 """Memory of one rank in a training step, by part. Pure: no torch.
 
-P parameters, dp ranks, e = bytes of a weight (4 in fp32, 2 in bf16). Gradients are summed in fp32 in both precisions;
-the optimizer is AdamW with two fp32 moments, and fp32 masters wherever the weights cannot be their own:
+P parameters, dp ranks, e = bytes of a weight (4 in fp32, 2 in bf16), B = DeepSpeed's reduce_bucket_size (elements).
+Gradients are summed in fp32 in both precisions; the optimizer is AdamW with two fp32 moments, and fp32 masters
+wherever the weights cannot be their own:
 
-    ZeRO   weights         gradients   masters                  moments
-    0      e P             4 P         4 P in bf16, else none   8 P
-    1      e P             4 P         4 P / dp                 8 P / dp
-    2      e P             4 P / dp    4 P / dp                 8 P / dp
-    3      e P / dp + G    4 P / dp    4 P / dp                 8 P / dp
+    ZeRO   weights                   gradients   masters                  moments
+    0      e P                       4 P         4 P in bf16, else none   8 P
+    1      e P                       4 P         4 P / dp                 8 P / dp
+    2      e P                       4 P / dp    4 P / dp                 8 P / dp
+    3      e P / dp + e min(P, 1e9)  4 P / dp    4 P / dp                 8 P / dp
 
-G: what ZeRO-3 holds gathered at once, at most the largest of DeepSpeed's live-parameter limit (1e9 by default).
+The second term of stage 3 is what it may hold gathered (stage3_max_live_parameters). Reduction buffers, by measurement
+of DeepSpeed 0.19.8 (tests/planning/test_memory.py): stage 1 fp32 4 B, bf16 4 min(P, B), both after the last backward;
+stage 2 e B and stage 3 4 B, with 4 min(P, B) in fp32, (4 + e) min(P, B) in bf16, during it.
 """
 
 from dataclasses import dataclass
 from math import ceil, prod
+from typing import Any
 
 from megatron_zebra.config.sections import Config
 from megatron_zebra.model.architecture import Architecture
@@ -21,6 +25,7 @@ from megatron_zebra.planning.activations import Activations, activations
 
 FP32 = 4
 LIVE_PARAMETERS = 10**9
+REDUCE_BUCKET = 5 * 10**8
 ALLOWANCE_SHARE = 0.05
 ALLOWANCE_BYTES = 2**30
 
@@ -62,6 +67,7 @@ def training_memory(arch: Architecture, config: Config, dp: int, tokens: int, on
     """
     training, stage = config.training, config.optimizer.zero_stage
     e = 2 if training.precision == "bf16" else FP32
+    parameters = parameter_count(arch)
     found = activations(
         arch,
         tokens,
@@ -70,7 +76,12 @@ def training_memory(arch: Architecture, config: Config, dp: int, tokens: int, on
         loss_chunk_size=training.loss_chunk_size,
         on_cpu=on_cpu,
     )
-    parts = [*state_parts(parameter_count(arch), e, stage, dp), *_activation_parts(found, training.recompute)]
+    parts = [*state_parts(parameters, e, stage, dp), *_activation_parts(found, training.recompute)]
+    buffers = reduction_buffers(parameters, e, stage, _zero_setting(config, "reduce_bucket_size", REDUCE_BUCKET))
+    if stage == 1:
+        # They are there when the activations are not.
+        buffers = max(buffers - found.peak, 0)
+    parts.append(Part("reduction buffers", buffers, "gradients on their way between ranks, beyond the above"))
     allowance = ALLOWANCE_BYTES + int(ALLOWANCE_SHARE * sum(part.bytes for part in parts))
     parts.append(Part("allowance", allowance, "5% for fragmentation, 1 GiB for the device's and communication's own"))
     return Memory(tuple(parts))
@@ -83,13 +94,13 @@ def state_parts(parameters: int, element_bytes: int, stage: int, dp: int) -> lis
         return ceil(whole / dp) if stage >= from_stage else whole
 
     def note(text: str, from_stage: int) -> str:
-        return f"{text}, 1/{dp} of it" if stage >= from_stage and dp > 1 else f"{text}, whole"
+        return f"{text}, 1/{dp} of them" if stage >= from_stage and dp > 1 else text
 
     p, e = parameters, element_bytes
     kind = "bf16" if e == 2 else "fp32"
     gathered = min(p, LIVE_PARAMETERS) * e if stage == 3 else 0
     masters = FP32 * p if stage > 0 or e < FP32 else 0
-    weights = f"{kind}, 1/{dp} and those gathered for use" if stage == 3 else note(kind, 3)
+    weights = f"{kind}, 1/{dp} of them and those gathered for use" if stage == 3 else kind
     return [
         Part("weights", share(e * p, 3) + gathered, weights),
         Part("gradients", share(FP32 * p, 2), note("fp32 sums", 2)),
@@ -99,9 +110,27 @@ def state_parts(parameters: int, element_bytes: int, stage: int, dp: int) -> lis
     ]
 
 
+def reduction_buffers(parameters: int, element_bytes: int, stage: int, bucket: int) -> int:
+    """Bytes that DeepSpeed needs to reduce gradients."""
+    e, filled = element_bytes, min(parameters, bucket)
+    if stage == 0:
+        return 0
+    if stage == 1:
+        return FP32 * bucket if e == FP32 else FP32 * filled
+    own = e * bucket if stage == 2 else FP32 * bucket
+    return own + filled * (FP32 if e == FP32 else FP32 + e)
+
+
 def _activation_parts(found: Activations, recompute: str) -> list[Part]:
     where = {"loss": "in the loss", "mlp": "in an MLP's backward", "attention": "in an attention's backward"}
     return [
         Part("activations", found.kept, f"kept from forward for backward, recompute = {recompute}"),
         Part("working memory", found.working, f"beyond them at the highest moment, {where[found.highest]}"),
     ]
+
+
+def _zero_setting(config: Config, name: str, default: int) -> int:
+    """A number of the user's deepspeed.zero_optimization."""
+    section: Any = config.deepspeed.get("zero_optimization")
+    value = section.get(name, default) if isinstance(section, dict) else default
+    return int(value) if isinstance(value, int | float) else default
