@@ -61,6 +61,12 @@ class Architecture:
             "rope": {k: r.model_dump() for k, r in self.rope.items()},
         }
 
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "Architecture":
+        """The inverse of ``to_dict``."""
+        rope = {kind: Rope.model_validate(rope) for kind, rope in values["rope"].items()}
+        return Architecture(**values | {"layer_kinds": tuple(values["layer_kinds"]), "rope": rope})
+
 
 def resolve(model: Model, vocab_size: int, sequence_length: int) -> Architecture:
     """Fill in what ``model`` leaves open.

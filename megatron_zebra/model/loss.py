@@ -27,7 +27,7 @@ def token_loss(
     losses = torch.cat(
         [_losses(_logits(h, weight), y)[0] for h, y in zip(hidden.split(chunk_size), labels.split(chunk_size))]
     )
-    return losses.sum(dtype=torch.float32), losses
+    return losses.sum(), losses
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -41,7 +41,6 @@ def save_state(
     optimizer: ShardedOptimizer,
     settings: sections.Checkpoint,
     collective: Collective,
-    protect: Iterable[Path] = (),
 ) -> Saved:
     """Write a checkpoint of ``progress.step`` under ``root``; called by all ranks."""
     held = list(optimizer.held())
@@ -57,7 +56,6 @@ def save_state(
         expected_bytes=sum(key.flat_numel * 4 for key, _ in pieces),
         keep_last=settings.keep_last,
         keep_every=settings.keep_every,
-        protect=protect,
     )
 
 
@@ -71,6 +69,9 @@ def resume_state(
     """
     found = find_latest_good(root, collective)
     if found.folder is None or found.step is None:
+        if found.rejected:
+            # To begin anew over a damaged run would look like a resume and lose it.
+            raise UserError(f"{root}: every checkpoint is damaged; move the folder away to begin anew ({found.skipped[0]})")
         return None, found.skipped
     progress = restore(open_checkpoint(found.folder), arch, optimizer, KINDS)
     if found.skipped and collective.rank == 0:

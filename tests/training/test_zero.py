@@ -26,7 +26,9 @@ def curve(grid: Grid, overrides: dict[str, Any]) -> Curve:
     rows = config.training.global_batch_size
     out = []
     for step in range(STEPS):
-        batch = read_step(inputs.train, step, step * rows, rows, config.training.micro_batch_size, grid.dp_rank, grid.dp_size)
+        batch = read_step(
+            inputs.train, step, step * rows, rows, config.training.micro_batch_size, grid.dp_rank, grid.dp_size
+        )
         rate = learning_rate(config.optimizer, step, STEPS)
         outcome = train_step(optimizer, batch.micro_batches, rate, grid, 1, StepFlops(arch))
         out.append((outcome.loss, outcome.result.norm))

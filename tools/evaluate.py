@@ -1,0 +1,106 @@
+#!/usr/bin/env python
+"""Judge a trained model.
+
+perplexity: loss of held-out data, in all and by position in the document, and bits per byte.
+
+  python tools/evaluate.py perplexity --checkpoint runs/quickstart --data data/valid
+  torchrun --nproc-per-node 2 tools/evaluate.py perplexity --checkpoint runs/x --data a b --sequence-length 32768
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_zebra.errors import UserError, run_tool
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tasks = top.add_subparsers(dest="task", required=True)
+    task = tasks.add_parser("perplexity", help="loss by data set and by position, bits per byte")
+    task.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint's folder, or a run folder (its newest good one)")
+    task.add_argument("--data", required=True, nargs="+", metavar="P", help="prefixes of indexed pairs, each evaluated on its own")
+    task.add_argument("--sequence-length", type=int, default=2048, metavar="S", help="tokens a row (default: 2048)")
+    task.add_argument("--rows", type=int, metavar="N", help="rows of each set at most, evenly spread (default: all)")
+    task.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the weights (default: fp32)")
+    task.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    task.add_argument("--output", type=Path, help="JSON file (default: evaluation/perplexity.json in the run folder)")
+    return top
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    for name in ("sequence_length", "rows"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+    if not arguments.checkpoint.is_dir():
+        raise UserError(f"--checkpoint {arguments.checkpoint}: no such folder")
+    perplexity(arguments)
+
+
+def perplexity(arguments: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from megatron_zebra.data.indexed import IndexedPair
+    from megatron_zebra.data.rows import OnePass
+    from megatron_zebra.data.source import FileSource, check_vocabulary
+    from megatron_zebra.evaluation.load import load_model
+    from megatron_zebra.evaluation.loss import evaluate
+    from megatron_zebra.parallel.process import WorldCollective, world
+    from megatron_zebra.training.state import locate
+
+    pairs = {Path(prefix).name: IndexedPair(prefix) for prefix in arguments.data}
+    with world(arguments.device, 600.0) as grid:
+        folder = locate(arguments.checkpoint, WorldCollective(grid))
+        dtype = torch.float32 if arguments.precision == "fp32" else torch.bfloat16
+        arch, model = load_model(folder, grid.device, dtype)
+        sets: dict[str, Any] = {}
+        for name, pair in pairs.items():
+            warning = check_vocabulary(pair, arch.vocab_size)
+            if warning and grid.is_main:
+                print(f"warning: {warning}", file=sys.stderr)
+            source = FileSource(pair, None, arch.vocab_size if pair.info is None else None)
+            rows = OnePass(source, arguments.sequence_length, arguments.rows)
+            with tqdm(total=-(-len(rows) // grid.dp_size), desc=name, unit="row", disable=not grid.is_main) as bar:
+                result = evaluate(model, rows, 1, grid, bar.update)
+            sets[name] = {
+                "loss": result.loss,
+                "perplexity": math.exp(min(result.loss, 700.0)),
+                "targets": result.targets,
+                "edges": result.edges,
+                "loss_by_position": result.by_position(),
+                "bits_per_byte": _bits_per_byte(result.loss, pair, arch.vocab_size),
+            }
+        if grid.is_main:
+            _report(arguments, folder, sets)
+
+
+def _bits_per_byte(loss: float, pair: Any, vocab_size: int) -> float | None:
+    """Of the whole text, at the mean loss; a document's first token, which nothing predicts, counts log2(vocabulary)."""
+    if pair.info is None or not pair.info.text_bytes:
+        return None
+    predicted = pair.tokens.size - pair.documents
+    return (loss / math.log(2) * predicted + math.log2(vocab_size) * pair.documents) / pair.info.text_bytes
+
+
+def _report(arguments: argparse.Namespace, folder: Path, sets: dict[str, Any]) -> None:
+    output = arguments.output or folder.parent.parent / "evaluation" / "perplexity.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    document = {"checkpoint": str(folder), "sequence_length": arguments.sequence_length, "sets": sets}
+    temporary = output.with_name(output.name + ".tmp")
+    temporary.write_text(json.dumps(document, indent=2) + "\n")
+    os.replace(temporary, output)
+    for name, values in sets.items():
+        bits = f", {values['bits_per_byte']:.3f} bits a byte" if values["bits_per_byte"] is not None else ""
+        print(f"{name}: loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}{bits}, {values['targets']} targets")
+    print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    run_tool(main)
