@@ -84,8 +84,6 @@ def _data(config: Config) -> Iterator[str]:
     scheduled = sum(phase.steps for phase in data.sequence_schedule)
     if data.sequence_schedule and scheduled >= training.steps:
         yield f"data.sequence_schedule: its {scheduled} steps must be fewer than training.steps = {training.steps}; the rest runs at data.sequence_length"
-    if data.sequence_schedule and data.packing == "best_fit":
-        yield "data.packing = best_fit: has no sequence schedule (allowed with data.sequence_schedule: concat)"
 
 
 def _batch(config: Config, world_size: int) -> Iterator[str]:

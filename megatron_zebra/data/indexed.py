@@ -47,6 +47,7 @@ class PairInfo:
     largest_id: int
     documents: int
     tokens: int
+    text_bytes: int = 0  # of the text that was tokenized, for bits per byte; 0 = not known
     format_version: int = 1
 
     def dump(self) -> str:

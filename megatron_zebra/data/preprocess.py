@@ -83,7 +83,7 @@ def preprocess(job: Job) -> Report:
             Progress("tokenizing", sum(file.size for file in files)) as progress,
         ):
             for part in _encode_all(job, tokenizer, files):
-                writer.add(part.tokens, part.lengths)
+                writer.add(part.tokens, part.lengths, part.text_bytes)
                 empty, text_bytes, bad = empty + part.empty, text_bytes + part.text_bytes, bad + len(part.bad)
                 first_bad = first_bad or (part.bad[0] if part.bad else "")
                 progress.update(part.size, f"{writer.tokens / 1e6:.2f}M tokens")

@@ -45,7 +45,7 @@ class PairWriter:
         existing = [str(path) for path in self._paths if path.exists()]
         if existing and not force:
             raise UserError(f"{', '.join(existing)}: already there; choose another prefix, or replace with --force")
-        self.documents, self.tokens, self._largest = 0, 0, -1
+        self.documents, self.tokens, self.text_bytes, self._largest = 0, 0, 0, -1
         self._bin = _open_locked(self._temporary[0])
         try:
             self._idx = _open_locked(self._temporary[1])
@@ -55,8 +55,11 @@ class PairWriter:
             self._remove_temporary()
             raise
 
-    def add(self, tokens: npt.NDArray[np.integer], lengths: Sequence[int] | npt.NDArray[np.integer]) -> None:
-        """Append documents: their tokens one after another [sum of lengths], and the length of each [documents]."""
+    def add(
+        self, tokens: npt.NDArray[np.integer], lengths: Sequence[int] | npt.NDArray[np.integer], text_bytes: int = 0
+    ) -> None:
+        """Append documents: their tokens one after another [sum of lengths], the length of each [documents], and how
+        many bytes of text they were made from."""
         counts = np.asarray(lengths, np.int64)
         if counts.sum() != tokens.size or counts.min(initial=0) < 0:
             raise ValueError(f"{tokens.size} tokens for documents of {counts.sum()} together")
@@ -70,6 +73,7 @@ class PairWriter:
         self._idx.write(counts.astype("<i4").tobytes())
         self.documents += counts.size
         self.tokens += tokens.size
+        self.text_bytes += text_bytes
 
     def finish(self) -> PairInfo:
         """Complete the files, flush them to the disk and give them their names; UserError if there was no token."""
@@ -87,6 +91,7 @@ class PairWriter:
             self._largest,
             self.documents,
             self.tokens,
+            self.text_bytes,
         )
         self._finish_index()
         with open(self._temporary[2], "wb") as stream:

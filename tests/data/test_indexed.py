@@ -268,5 +268,5 @@ def test_json_fields_are_stable(tmp_path: Path) -> None:
     write(tmp_path / "p")
     assert sorted(json.loads((tmp_path / "p.json").read_text())) == [
         "documents", "eod_id", "format_version", "largest_id", "tokenizer_hash", "tokenizer_kind", "tokenizer_name",
-        "tokens", "vocab_size",
+        "text_bytes", "tokens", "vocab_size",
     ]  # fmt: skip
