@@ -101,7 +101,10 @@ def main() -> None:
         which, length, recompute, limit = arguments.measure
         print(json.dumps(measure(which, int(length), recompute, float(limit))))
         return
-    print(f"{'S':>6}  {'model':13}{'tokens/s':>9}{'s/step':>9}{'peak GiB':>10}{'GFLOP/s':>9}{'loss':>9}   speed of zebra over it", flush=True)
+    print(
+        f"{'S':>6}  {'model':13}{'tokens/s':>9}{'s/step':>9}{'peak GiB':>10}{'GFLOP/s':>9}{'loss':>9}   speed of zebra over it",
+        flush=True,
+    )
     for length in arguments.lengths:
         zebra: dict[str, Any] | None = None
         for which in arguments.models:

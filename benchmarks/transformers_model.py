@@ -37,7 +37,9 @@ def transformers_cwm(arch: Architecture, model: Decoder, attention: str, rope: d
         attn_implementation=attention,
     )
     theirs = CwmForCausalLM(config)
-    missing, unexpected = theirs.load_state_dict({their_name(n): v for n, v in model.state_dict().items()}, strict=False)
+    missing, unexpected = theirs.load_state_dict(
+        {their_name(n): v for n, v in model.state_dict().items()}, strict=False
+    )
     assert not missing, missing
     assert not unexpected, unexpected
     return theirs
@@ -50,5 +52,3 @@ def their_name(name: str) -> str:
     for ours, theirs in RENAMED:
         name = name.replace(ours, theirs)
     return f"model.{name}"
-
-

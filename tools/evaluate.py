@@ -22,8 +22,12 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = top.add_subparsers(dest="task", required=True)
     task = tasks.add_parser("perplexity", help="loss by data set and by position, bits per byte")
-    task.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint's folder, or a run folder (its newest good one)")
-    task.add_argument("--data", required=True, nargs="+", metavar="P", help="prefixes of indexed pairs, each evaluated on its own")
+    task.add_argument(
+        "--checkpoint", required=True, type=Path, help="a checkpoint's folder, or a run folder (its newest good one)"
+    )
+    task.add_argument(
+        "--data", required=True, nargs="+", metavar="P", help="prefixes of indexed pairs, each evaluated on its own"
+    )
     task.add_argument("--sequence-length", type=int, default=2048, metavar="S", help="tokens a row (default: 2048)")
     task.add_argument("--rows", type=int, metavar="N", help="rows of each set at most, evenly spread (default: all)")
     task.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the weights (default: fp32)")
@@ -98,7 +102,9 @@ def _report(arguments: argparse.Namespace, folder: Path, sets: dict[str, Any]) -
     os.replace(temporary, output)
     for name, values in sets.items():
         bits = f", {values['bits_per_byte']:.3f} bits a byte" if values["bits_per_byte"] is not None else ""
-        print(f"{name}: loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}{bits}, {values['targets']} targets")
+        print(
+            f"{name}: loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}{bits}, {values['targets']} targets"
+        )
     print(f"written to {output}")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from megatron_zebra.attention.segments import Segments
 from megatron_zebra.data.rows import IGNORE, Row, RowReader
 from megatron_zebra.errors import UserError
 
@@ -43,6 +44,11 @@ class MicroBatch:
     def token_sources(self) -> torch.Tensor:
         """The source of each token: int64 [b·S], on the tokens' device."""
         return torch.from_numpy(np.repeat(self.sources, self.sequence_length)).to(self.tokens.device)
+
+    def inputs(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, Segments, torch.Tensor]:
+        """What the decoder takes, on a device: tokens, positions, segments, labels."""
+        here = self.to(device)
+        return here.tokens, here.positions, Segments.from_cu_seqlens(self.cu_seqlens, device=device), here.labels
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """The same with the tensors on a device; what the host needs stays there."""

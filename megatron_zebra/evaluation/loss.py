@@ -11,7 +11,6 @@ from megatron_zebra.data.rows import OnePass
 from megatron_zebra.model.decoder import Loss
 from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.parallel.process import sum_over
-from megatron_zebra.training.step import run
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def evaluate(
     rows: OnePass,
     micro_batch_size: int,
     grid: Grid,
-    progress: Callable[[int], None] = lambda rows: None,
+    progress: Callable[[int], object] = lambda rows: None,
 ) -> Evaluated:
     """Every row once, shared out over the ranks; all ranks run equally many forwards and get the same result.
 
@@ -63,7 +62,7 @@ def evaluate(
     for first in range(0, len(rows), step):
         # Rows past the end are padding without a target: under ZeRO-3 every rank must take part in every forward.
         batch = collate([rows.read(row) for row in range(first + grid.dp_rank, first + step, grid.dp_size)])
-        loss = run(forward, batch, grid.device)
+        loss = forward(*batch.inputs(grid.device))
         _add_by_position(losses, counts, bounds, batch, loss.tokens)
         progress(batch.rows)
     totals = sum_over([*losses.tolist(), *counts.tolist()], grid.device)

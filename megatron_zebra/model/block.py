@@ -19,7 +19,6 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         name = f"layers.{layer}"
-        self.kind = arch.layer_kinds[layer]
         self.attention_norm = RMSNorm(arch.hidden_size, arch.norm_eps, init)
         self.attention = Attention(f"{name}.attention", arch, layer, init, backend, recompute_attention)
         self.mlp_norm = RMSNorm(arch.hidden_size, arch.norm_eps, init)

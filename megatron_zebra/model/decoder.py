@@ -60,7 +60,8 @@ class Decoder(nn.Module):
             self.rope[kind] = (frequencies.to(init.device), factor)
         self.same_rope = arch.rope["global"] == arch.rope["local"]
         self.embedding = Embedding("embedding", arch.vocab_size, arch.hidden_size, init)
-        self.layers = nn.ModuleDict()
+        self.layers = nn.ModuleDict()  # by global layer number
+        self.kinds = arch.layer_kinds
         for i in range(arch.num_layers):
             check_backend(
                 backend,
@@ -86,16 +87,17 @@ class Decoder(nn.Module):
     ) -> torch.Tensor | Loss:
         rope = self._phases(positions)
         x = self.embedding(tokens)
-        for layer in self.layers.values():
+        for number, layer in self.layers.items():
+            phase = rope[self.kinds[int(number)]]
             if self.recompute_block and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope[layer.kind], segments, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, phase, segments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, rope[layer.kind], segments)
+                x = layer(x, phase, segments)
         return self.head(self.norm(x), labels)
 
     def _phases(self, positions: torch.Tensor) -> dict[LayerKind, tuple[torch.Tensor, torch.Tensor]]:
         """cos and sin of both kinds of layer, made once for all layers."""
-        made = {}
+        made: dict[LayerKind, tuple[torch.Tensor, torch.Tensor]] = {}
         for kind, (frequencies, factor) in self.rope.items():
             if kind == "local" and self.same_rope:
                 made[kind] = made["global"]

@@ -47,8 +47,10 @@ def _yarn(rope: Rope, head_dim: int, plain: torch.Tensor) -> torch.Tensor:
     """YaRN (arXiv 2309.00071, section 3.2): interpolate slow dimensions, keep fast ones, blend between."""
     assert rope.original_length is not None
 
+    original = rope.original_length
+
     def dimension(rotations: float) -> float:
-        return head_dim * math.log(rope.original_length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low = max(math.floor(dimension(rope.beta_fast)), 0)
     high = min(math.ceil(dimension(rope.beta_slow)), head_dim - 1)

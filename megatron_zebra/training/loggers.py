@@ -1,6 +1,7 @@
 """Optional places that metrics go to beside metrics.jsonl; only the main rank has them."""
 
 import os
+import secrets
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,7 +53,7 @@ class Wandb:
 
         file = folder / "wandb.id"
         if not file.exists():
-            file.write_text(wandb.util.generate_id())
+            file.write_text(secrets.token_hex(4))
         logged_in = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
         self._run = wandb.init(
             id=file.read_text().strip(),

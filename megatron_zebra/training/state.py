@@ -71,7 +71,9 @@ def resume_state(
     if found.folder is None or found.step is None:
         if found.rejected:
             # To begin anew over a damaged run would look like a resume and lose it.
-            raise UserError(f"{root}: every checkpoint is damaged; move the folder away to begin anew ({found.skipped[0]})")
+            raise UserError(
+                f"{root}: every checkpoint is damaged; move the folder away to begin anew ({found.skipped[0]})"
+            )
         return None, found.skipped
     progress = restore(open_checkpoint(found.folder), arch, optimizer, KINDS)
     if found.skipped and collective.rank == 0:

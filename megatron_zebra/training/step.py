@@ -7,7 +7,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_zebra.attention.contract import Segments
 from megatron_zebra.data.batch import MicroBatch
 from megatron_zebra.model.decoder import Loss
 from megatron_zebra.parallel.grid import Grid
@@ -53,7 +52,7 @@ def train_step(
     losses = torch.zeros(num_sources, dtype=torch.float64, device=device)
     counts = torch.zeros(num_sources, dtype=torch.float64, device=device)
     for batch in micro_batches:
-        loss = run(optimizer.forward, batch, device)
+        loss: Loss = optimizer.forward(*batch.inputs(device))
         optimizer.backward(loss.sum * scale)
         _add_by_source(losses, counts, batch, loss.tokens)
     result = optimizer.step(learning_rate)
@@ -72,14 +71,6 @@ def train_step(
         source_losses={i: s / n for i, (s, n) in enumerate(zip(by_source, count_by_source)) if n},
         result=result,
         stop_wanted=totals[2] > 0,
-    )
-
-
-def run(forward: Callable[..., Loss], batch: MicroBatch, device: torch.device) -> Loss:
-    """The model's loss of one micro-batch."""
-    batch = batch.to(device)
-    return forward(
-        batch.tokens, batch.positions, Segments.from_cu_seqlens(batch.cu_seqlens, device=device), batch.labels
     )
 
 

@@ -11,7 +11,7 @@ from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.planning.flops import StepFlops
 from megatron_zebra.training.build import build_model, build_optimizer
 from megatron_zebra.training.schedule import learning_rate
-from megatron_zebra.training.step import run, train_step
+from megatron_zebra.training.step import train_step
 from tests.training.cases import opened, small
 
 STEPS = 10
@@ -60,7 +60,7 @@ def reference(overrides: dict[str, Any]) -> Curve:
         for master in masters:
             master.grad = torch.zeros_like(master)
         for batch in batches:
-            loss = run(model, batch, torch.device("cpu"))
+            loss = model(*batch.inputs("cpu"))
             (loss.sum / targets).backward()
             total += loss.tokens.double().sum().item()
             for param, master in zip(params, masters):
