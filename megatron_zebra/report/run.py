@@ -1,0 +1,120 @@
+"""What a run folder says: its metrics, its evaluation, its model."""
+
+import itertools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_zebra.config.load import load_config
+from megatron_zebra.errors import UserError
+from megatron_zebra.model.architecture import Architecture, resolve
+
+Series = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Columns of metrics.jsonl; nan where a step has no such value (or an infinite one)."""
+
+    steps: Series
+    columns: dict[str, Series]
+
+    def column(self, name: str) -> Series:
+        """[steps], all nan for a name that no line has."""
+        return self.columns.get(name, np.full(len(self.steps), np.nan))
+
+    @property
+    def validation(self) -> dict[str, tuple[Series, Series]]:
+        """Of each validation set: steps and losses, where there are any."""
+        found = {}
+        for name, values in self.columns.items():
+            if name.startswith("valid/") and np.isfinite(values).any():
+                there = np.isfinite(values)
+                found[name.removeprefix("valid/")] = (self.steps[there], values[there])
+        return found
+
+
+@dataclass(frozen=True)
+class ByPosition:
+    """Mean loss [bins] of one set at positions ``edges[i] .. edges[i + 1] - 1`` of a document; nan where empty."""
+
+    edges: list[int]
+    loss: Series
+
+
+def read_metrics(file: Path) -> Metrics:
+    """Read metrics.jsonl; a last line without its end is another process's, still being written, and is left out.
+
+    Raises:
+        UserError: it is missing, empty, or a line is not what training writes.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: is not UTF-8 text") from None
+    lines = text.split("\n")[:-1]
+    records = [_record(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not records:
+        raise UserError(f"{file}: holds no step yet")
+    names = dict.fromkeys(name for record in records for name in record)
+    columns = {name: np.array([_number(record.get(name)) for record in records]) for name in names}
+    return Metrics(columns["step"], columns)
+
+
+def read_by_position(file: Path) -> dict[str, ByPosition]:
+    """Loss by position of each set in an evaluation's JSON ({"sets": {name: {"edges": [...], "loss_by_position": [...]}}}).
+
+    Raises:
+        UserError: it cannot be read, or is something else.
+    """
+    try:
+        sets = json.loads(file.read_text(encoding="utf-8"))["sets"]
+        found = {
+            str(name): ByPosition(
+                [int(edge) for edge in values["edges"]],
+                np.array([_number(loss) for loss in values["loss_by_position"]]),
+            )
+            for name, values in sets.items()
+        }
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file}: is not an evaluation's result (sets with edges and loss_by_position)") from None
+    for name, values in found.items():
+        edges = values.edges
+        if len(edges) != len(values.loss) + 1 or len(edges) < 2 or any(a >= b for a, b in itertools.pairwise(edges)):
+            raise UserError(f"{file}: set '{name}' needs rising edges, one more than losses")
+    return found
+
+
+def read_architecture(run_dir: Path) -> Architecture:
+    """The model of the run's config.yaml (its vocabulary may be unknown: 1 then).
+
+    Raises:
+        UserError: there is no such file, or it is not a configuration.
+    """
+    config = load_config(run_dir / "config.yaml", {})
+    return resolve(config.model, 1, config.data.sequence_length)
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        raise UserError(f"{where}: is not JSON") from None
+    if not isinstance(record, dict) or isinstance(record.get("step"), bool) or not isinstance(record.get("step"), int):
+        raise UserError(f"{where}: is not a step's record (needs a whole number 'step')")
+    return record
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return math.nan
