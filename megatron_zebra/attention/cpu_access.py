@@ -13,7 +13,7 @@ import torch
 from megatron_zebra.attention.blocks import Padded, Plan, Tiles
 from megatron_zebra.attention.window import Int64, Window
 
-CHUNK_BYTES = 8 << 20  # of the keys of one call: bounds the gradients that wait to be added up
+CHUNK_BYTES = 2 << 20  # of the keys of one call: bounds the gradients that wait to be added up
 
 
 @lru_cache(maxsize=16)
