@@ -33,17 +33,23 @@ class Rope(Section):
 class Model(Section):
     """The decoder: Llama-like, its layers global or local."""
 
-    hidden_size: int = key(512, "width of the residual stream", ge=1)
-    num_layers: int = key(8, "decoder layers", ge=1)
-    num_heads: int = key(8, "query heads", ge=1)
-    num_kv_heads: int | None = key(None, "key and value heads (grouped-query attention); null = num_heads", ge=1)
-    head_dim: int | None = key(None, "width of a head, even; null = hidden_size / num_heads", ge=2)
-    ffn_hidden_size: int | None = key(
-        None, "width of the SwiGLU MLP; null = 8/3 hidden_size, rounded up to a multiple of 64", ge=1
+    hidden_size: int = key(512, "width of the residual stream", ge=1, le=2**20)
+    num_layers: int = key(8, "decoder layers", ge=1, le=10_000)
+    num_heads: int = key(8, "query heads", ge=1, le=2**16)
+    num_kv_heads: int | None = key(
+        None, "key and value heads (grouped-query attention); null = num_heads", ge=1, le=2**16
     )
-    vocab_size: int | None = key(None, "tokens in the vocabulary; null = what the data's tokenizer has", ge=2)
-    layer_group_size: int = key(4, "L: layer i is global if i % L == 0, else local; 1 = all global", ge=1)
-    window_size: int = key(512, "w: a local query sees itself and the w keys before it (w + 1 keys)", "tokens", ge=1)
+    head_dim: int | None = key(None, "width of a head, even; null = hidden_size / num_heads", ge=2, le=2**16)
+    ffn_hidden_size: int | None = key(
+        None, "width of the SwiGLU MLP; null = 8/3 hidden_size, rounded up to a multiple of 64", ge=1, le=2**24
+    )
+    vocab_size: int | None = key(
+        None, "tokens in the vocabulary; null = what the data's tokenizer has", ge=2, le=2**31 - 1
+    )
+    layer_group_size: int = key(4, "L: layer i is global if i % L == 0, else local; 1 = all global", ge=1, le=10_000)
+    window_size: int = key(
+        512, "w: a local query sees itself and the w keys before it (w + 1 keys)", "tokens", ge=1, le=2**31 - 1
+    )
     layer_kinds: list[LayerKind] | None = key(
         None, "one kind a layer, instead of layer_group_size: [global, local, ...]"
     )
@@ -70,7 +76,7 @@ class Parallel(Section):
     cp: int = key(1, "context-parallel ranks", ge=1)
     pp: int = key(1, "pipeline stages", ge=1)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "where to compute; auto = cuda if there is one")
-    timeout: float = key(600.0, "how long a collective may wait for the other ranks", "seconds", gt=0)
+    timeout: float = key(600.0, "how long a collective may wait for the other ranks", "seconds", gt=0, le=1e7)
 
 
 def _source(value: Any) -> Any:
@@ -95,15 +101,15 @@ SourceList = Annotated[list[Annotated[Source, BeforeValidator(_source)]], Before
 class Synthetic(Section):
     """Seeded documents of ragged lengths, made on the fly: a run without files."""
 
-    documents: int = key(0, "number of documents; 0 = read data.train instead", "documents", ge=0)
-    mean_length: int = key(300, "mean length of a document", "tokens", ge=2)
+    documents: int = key(0, "number of documents; 0 = read data.train instead", "documents", ge=0, le=10**7)
+    mean_length: int = key(300, "mean length of a document", "tokens", ge=2, le=10**6)
 
 
 class SequencePhase(Section):
     """A part of the sequence-length schedule."""
 
-    steps: int = key(..., "optimizer steps at this length", "steps", ge=1)
-    sequence_length: int = key(..., "tokens a row", "tokens", ge=2)
+    steps: int = key(..., "optimizer steps at this length", "steps", ge=1, le=10**12)
+    sequence_length: int = key(..., "tokens a row", "tokens", ge=2, le=2**31 - 1)
 
 
 class Data(Section):
@@ -120,7 +126,7 @@ class Data(Section):
         max_length=3,
     )
     tokenizer: str | None = key(None, "tokenizer file, checked against the data's; null = trust the data")
-    sequence_length: int = key(2048, "S: tokens a row", "tokens", ge=2)
+    sequence_length: int = key(2048, "S: tokens a row", "tokens", ge=2, le=2**31 - 1)
     sequence_schedule: list[SequencePhase] = key(
         [], "shorter (or other) lengths first: [{steps: 1000, sequence_length: 2048}, ...]; then sequence_length"
     )
@@ -137,23 +143,23 @@ class Data(Section):
 class BatchPhase(Section):
     """A part of the ramp-up of the global batch."""
 
-    steps: int = key(..., "optimizer steps at this size", "steps", ge=1)
-    global_batch_size: int = key(..., "rows a step", "rows", ge=1)
+    steps: int = key(..., "optimizer steps at this size", "steps", ge=1, le=10**12)
+    global_batch_size: int = key(..., "rows a step", "rows", ge=1, le=10**9)
 
 
 class Training(Section):
     """The loop."""
 
-    steps: int = key(1000, "optimizer steps in all", "steps", ge=1)
-    global_batch_size: int = key(8, "rows a step over all ranks", "rows", ge=1)
-    micro_batch_size: int = key(1, "rows a rank computes at once", "rows", ge=1)
+    steps: int = key(1000, "optimizer steps in all", "steps", ge=1, le=10**12)
+    global_batch_size: int = key(8, "rows a step over all ranks", "rows", ge=1, le=10**9)
+    micro_batch_size: int = key(1, "rows a rank computes at once", "rows", ge=1, le=10**6)
     batch_ramp: list[BatchPhase] = key([], "smaller global batches first: [{steps: 100, global_batch_size: 2}, ...]")
-    seed: int = key(1234, "of weights and data order", ge=0)
+    seed: int = key(1234, "of weights and data order", ge=0, le=2**63 - 1)
     precision: Literal["fp32", "bf16"] = key("bf16", "bf16 keeps fp32 masters and fp32 gradient sums")
     recompute: Literal["none", "attention", "full"] = key(
         "none", "activations computed again in backward instead of kept"
     )
-    loss_chunk_size: int = key(1024, "tokens whose logits exist at once", "tokens", ge=1)
+    loss_chunk_size: int = key(1024, "tokens whose logits exist at once", "tokens", ge=1, le=2**31 - 1)
     deterministic: bool = key(False, "deterministic kernels only (slower on a GPU)")
     max_nonfinite_steps: int = key(
         10, "stop after this many steps in a row whose loss or gradient is not finite", "steps", ge=1
@@ -166,10 +172,16 @@ class Training(Section):
     )
 
 
+def _stage(value: Any) -> Any:
+    if type(value) is not int:
+        raise ValueError("must be a whole number")  # true and 1.0 equal 1
+    return value
+
+
 class Optimizer(Section):
     """AdamW, its learning rate, and ZeRO."""
 
-    zero_stage: Literal[0, 1, 2, 3] = key(
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_stage)] = key(
         1, "what is split over data-parallel ranks: 1 optimizer state, 2 and gradients, 3 and weights"
     )
     learning_rate: float = key(3e-4, "peak learning rate", gt=0)

@@ -112,21 +112,20 @@ def _flops_title(config: Config) -> str:
 
 
 def _flops(config: Config, arch: Architecture) -> list[str]:
-    lengths = [config.data.sequence_length] * config.training.global_batch_size
-    train = train_flops(arch, lengths)
-    full = full_attention_flops(arch, lengths).times(3)
-    again = recompute_flops(arch, lengths, config.training.recompute)
-    uncut = uncut_flops(arch, lengths).times(3)
-    forward = forward_flops(arch, lengths)
-    rows = [
+    rows, row = config.training.global_batch_size, [config.data.sequence_length]
+    forward, train = forward_flops(arch, row).times(rows), train_flops(arch, row).times(rows)
+    full = full_attention_flops(arch, row).times(3 * rows)
+    again = recompute_flops(arch, row, config.training.recompute) * rows
+    uncut = uncut_flops(arch, row).times(3 * rows)
+    table = [
         ("training", _flop(train.total), f"attention {train.attention_share:.1%}, head {train.head / train.total:.1%}"),
         ("forward", _flop(forward.total), ""),
         ("if all layers were global", _flop(full.total), f"{full.total / train.total:.2f} x"),
     ]
     if again:
-        rows.append(("computed again", _flop(again), f"recompute = {config.training.recompute}; not in MFU"))
-    rows.append(("without causal cut", _flop(uncut.total), "the other convention, for comparison; not in MFU"))
-    return [f"  {CONVENTION}", *_table(rows)]
+        table.append(("computed again", _flop(again), f"recompute = {config.training.recompute}; not in MFU"))
+    table.append(("without causal cut", _flop(uncut.total), "the other convention, for comparison; not in MFU"))
+    return [f"  {CONVENTION}", *_table(table)]
 
 
 def _tokens(config: Config) -> list[str]:
