@@ -6,7 +6,7 @@ import sys
 
 from megatron_zebra.config import check, help, load
 from megatron_zebra.config.sections import Config
-from megatron_zebra.errors import UserError
+from megatron_zebra.errors import UserError, tell
 
 
 def main(words: list[str]) -> int:
@@ -23,9 +23,7 @@ def main(words: list[str]) -> int:
             raise UserError("\nerror: ".join(wrong))
         _run(config, line, world_size, rank)
     except UserError as error:
-        # A mistake that every rank sees is told once; one that a single rank met names it.
-        if rank == 0 or str(error).startswith("rank "):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        tell(error)
         return 2
     return 0
 

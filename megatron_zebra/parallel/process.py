@@ -23,7 +23,8 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
             raise UserError("parallel.device = cuda: no CUDA device here (allowed: auto, cpu)")
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"parallel.device = cuda: {torch.cuda.device_count()} devices here, process {local_rank} of this node has none"
+                f"parallel.device = cuda: {torch.cuda.device_count()} devices here, process {local_rank} of this node has none",
+                mine=local_rank == torch.cuda.device_count(),
             )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
@@ -34,9 +35,15 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
 def world(wanted_device: str, timeout: float) -> Iterator[Grid]:
     """Join the process group that torchrun's environment describes (alone without one), and leave it at the end.
 
+    A UserError that leaves it is told by one rank, the first that met one; the others then fail in their collectives,
+    which is nothing to tell.
+
     Args:
         wanted_device: ``parallel.device``.
         timeout: seconds that a collective may wait.
+
+    Raises:
+        UserError: the others cannot be reached.
     """
     alone = "RANK" not in os.environ
     rank, size = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
@@ -48,13 +55,45 @@ def world(wanted_device: str, timeout: float) -> Iterator[Grid]:
     options: dict[str, Any] = {"timeout": datetime.timedelta(seconds=timeout)}
     if alone:
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
-        store = dist.HashStore()
-        dist.init_process_group(_backend(device), store=store, rank=0, world_size=1, **options)
-    deepspeed.init_distributed(_backend(device), auto_mpi_discovery=False, verbose=False, **options)
+        dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1, **options)
+    try:
+        deepspeed.init_distributed(_backend(device), auto_mpi_discovery=False, verbose=False, **options)
+    except (RuntimeError, ValueError) as problem:
+        raise UserError(f"joining the other processes at {_address()}: {_short(problem)}", local_rank == 0) from None
+    store = dist.distributed_c10d._get_default_store()
     try:
         yield Grid(rank, size, local_rank, device)
+    except UserError as error:
+        error.mine = store.add(_TOLD, 1) == 1
+        raise
+    except RuntimeError:
+        if not _is_told(store):
+            raise
+        raise UserError("another rank has told why the run ends", mine=False) from None
     finally:
         leave()
+
+
+_TOLD = "megatron_zebra/told"  # in the group's store: how many ranks have met a UserError
+
+
+def _is_told(store: dist.Store) -> bool:
+    try:
+        return store.check([_TOLD])
+    except RuntimeError:  # the process that kept it has ended, and told why
+        return True
+
+
+def _address() -> str:
+    return f"MASTER_ADDR:MASTER_PORT = {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+
+def _short(problem: Exception) -> str:
+    """torch's errors go over many lines, with a stack of C++ frames."""
+    text = " ".join(str(problem).splitlines()[:1])
+    if "EADDRINUSE" in str(problem) or "address already in use" in str(problem):
+        return "the port is in use; give another MASTER_PORT (torchrun: --master-port, or --standalone)"
+    return text
 
 
 def leave() -> None:
@@ -97,6 +136,7 @@ def _quiet_deepspeed(device: torch.device) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None  # prints lines that nobody asked for
     if device.type == "cpu":
         # Its shared-memory collectives would be compiled at first use (minutes); gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,7 +1,7 @@
 """Opens and checks the data that a configuration names. Reads no token; imports no torch."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_zebra.config.sections import Config, Source
 from megatron_zebra.data.dataset import Dataset, Phase
@@ -48,7 +48,9 @@ def open_inputs(config: Config) -> Inputs:
         vocab_size = _vocab_size(config, pairs)
         tokenizer_hash = _tokenizer_hash(data.tokenizer)
         warnings += filter(None, (check_vocabulary(pair, vocab_size, tokenizer_hash) for pair in pairs))
-        names = [_name(source) for source in data.train]
+        names = []
+        for source in data.train:
+            names.append(_unique(_name(source), names))
         weights = [source.weight for source in data.train]
         sources, valid = _files(config, pairs, vocab_size, names)
     dataset = Dataset(
@@ -128,7 +130,8 @@ def _name(source: Source) -> str:
     return source.name or source.prefix.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _unique(name: str, taken: dict[str, Any]) -> str:
+def _unique(name: str, taken: Collection[str]) -> str:
+    """``name``, with a number if it is taken: sets of one name would have one loss in the metrics."""
     number = 2
     unique = name
     while unique in taken:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from megatron_zebra.config.load import to_yaml
 from megatron_zebra.config.sections import Config
+from megatron_zebra.errors import UserError
 from megatron_zebra.training.metrics import Record
 
 
@@ -32,8 +33,12 @@ class TensorBoard:
     """Events in the run folder; those after the restored step are purged when a run resumes."""
 
     def __init__(self, folder: Path, restored_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "logging.tensorboard = true: needs the package tensorboard (pip install tensorboard)"
+            ) from None
         self._writer = SummaryWriter(str(folder), purge_step=restored_step + 1 if restored_step else None)
 
     def write(self, record: Record) -> None:

@@ -1,6 +1,7 @@
 """The training run from beginning to end."""
 
 import contextlib
+import os
 import resource
 import signal
 import time
@@ -28,7 +29,7 @@ from megatron_zebra.training.diagnose import Diagnostics
 from megatron_zebra.training.inputs import Inputs
 from megatron_zebra.training.loggers import Logger, open_loggers
 from megatron_zebra.training.metrics import MetricsFile, Record
-from megatron_zebra.training.run_folder import rank_log
+from megatron_zebra.training.run_folder import rank_log, writing
 from megatron_zebra.training.schedule import global_batch_size, learning_rate, rows_before
 from megatron_zebra.training.state import Progress, resume_state, save_state, start_from
 from megatron_zebra.training.step import StepOutcome, train_step
@@ -40,6 +41,8 @@ def train(config: Config, arch: Architecture, inputs: Inputs, folder: Path, grid
     Raises:
         UserError: what stands in the way is the user's to mend.
     """
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch insists on it for CUDA
     torch.use_deterministic_algorithms(config.training.deterministic)
     log = rank_log(folder, grid.rank)
     log.info("rank %d of %d on %s", grid.rank, grid.world_size, grid.device)
@@ -206,10 +209,9 @@ class _Sinks:
     def __init__(self, config: Config, folder: Path, restored_step: int, enabled: bool) -> None:
         self.outputs: list[Logger] = []
         if enabled:
-            self.outputs = [
-                MetricsFile(folder / "metrics.jsonl", restored_step),
-                *open_loggers(config, folder, restored_step),
-            ]
+            with writing(folder / "metrics.jsonl"):
+                metrics = MetricsFile(folder / "metrics.jsonl", restored_step)
+            self.outputs = [metrics, *open_loggers(config, folder, restored_step)]
 
     def __enter__(self) -> "_Sinks":
         return self

@@ -1,5 +1,6 @@
 """metrics.jsonl: one line a step, cut back to the restored step when a run resumes."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -31,7 +32,8 @@ class MetricsFile:
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what is left of a line that a full disk refused; told by write()
+            self._file.close()
 
 
 def _plain(value: Any) -> Any:

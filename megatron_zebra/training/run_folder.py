@@ -49,9 +49,10 @@ def locked(folder: Path) -> Iterator[None]:
 def write_description(folder: Path, config: Config, world_size: int) -> None:
     """config.yaml (the former one kept under its time if it differs) and environment.json."""
     file, text = folder / "config.yaml", to_yaml(config)
-    if file.exists() and file.read_text() != text:
-        file.rename(folder / f"config.until-{datetime.now():%Y%m%d-%H%M%S}.yaml")
-    _write(file, text)
+    with writing(file):
+        if file.exists() and file.read_text() != text:
+            file.rename(folder / f"config.until-{datetime.now():%Y%m%d-%H%M%S}.yaml")
+        _write(file, text)
     environment = {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -64,28 +65,45 @@ def write_description(folder: Path, config: Config, world_size: int) -> None:
             name: value for name, value in os.environ.items() if name.startswith(("OMP_", "NCCL_", "CUDA_", "TORCH_"))
         },
     }
-    _write(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+    with writing(folder / "environment.json"):
+        _write(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
 def rank_log(folder: Path, rank: int) -> logging.Logger:
     """This rank's log, logs/rank-00000.log."""
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
     logger = logging.getLogger(f"megatron_zebra.rank{rank}")
     logger.setLevel(logging.INFO)
     logger.propagate = False
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    handler = logging.FileHandler(folder / "logs" / f"rank-{rank:05d}.log")
+    file = folder / "logs" / f"rank-{rank:05d}.log"
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(file)
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk is told where it matters
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     return logger
 
 
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Turn the system's complaint about ``file`` into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror})") from None
+
+
 def _write(file: Path, text: str) -> None:
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(file)
+    try:
+        temporary.write_text(text)
+        temporary.replace(file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _version(name: str) -> str | None:
