@@ -65,8 +65,8 @@ def help_text(width: int = 110) -> str:
     lines = [USAGE]
     for name, field in Config.model_fields.items():
         section = _section_of(field.annotation)
-        lines.append(f"{name}: {(section.__doc__ or '').strip()}" if section else f"{name}: {field.description}")
-        items = all_keys(section, name + ".") if section else []
+        lines.append(f"{name}: {(section.__doc__ or '').strip()}" if section else f"{name}:")
+        items = all_keys(section, name + ".") if section else [_key(name, field)]
         for item in items:
             facts = [f"default {item.default}"] if item.default else ["required"]
             facts += [f"in {item.unit}"] if item.unit else []

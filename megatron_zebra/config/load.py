@@ -151,7 +151,10 @@ def _yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark and "\n" in text else ""
-        raise UserError(f"{_printable(where)}{line}: {getattr(error, 'problem', None) or 'is not YAML'}") from None
+        problem = getattr(error, "problem", None) or "is not YAML"
+        if problem.startswith("but "):
+            problem = f"{getattr(error, 'context', '')}, {problem}"
+        raise UserError(f"{_printable(where)}{line}: {problem}") from None
     except (ValueError, RecursionError) as error:
         # A date that does not exist, a number of thousands of digits; brackets a thousand deep.
         reason = "is nested too deeply" if isinstance(error, RecursionError) else "has a value that cannot be read"
@@ -225,15 +228,16 @@ def _suggestion(path: str, parts: list[Any]) -> str:
     for part in parts[:-1]:
         field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, BaseModel) else None
         section = field.annotation if field else None
+    here = list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+    if beside := difflib.get_close_matches(str(parts[-1]), here, 1, 0.75):
+        return f"; perhaps {path.removesuffix(str(parts[-1]))}{beside[0]}"
     everything = [item.path for item in all_keys()]
     near = difflib.get_close_matches(path, everything, 1, 0.75)
     if not near:
         near = [full for full in everything if full.rsplit(".", 1)[-1] == parts[-1]][:1]
     if near:
         return f"; perhaps {near[0]}"
-    if isinstance(section, type) and issubclass(section, BaseModel):
-        return f"; allowed here: {', '.join(section.model_fields)}"
-    return ""
+    return f"; allowed here: {', '.join(here)}" if here else ""
 
 
 __all__ = ["CommandLine", "Key", "load_config", "parse_words", "to_yaml"]
