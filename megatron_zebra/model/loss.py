@@ -54,15 +54,18 @@ class _ChunkedLoss(torch.autograd.Function):
             else:
                 grad_weight += grad.t() @ hidden[part]
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtype = weight.dtype
+        ctx.dtype, ctx.chunk_size = weight.dtype, chunk_size
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> Any:  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        # In place: the two live nowhere else and at long context are the largest tensors of the loss.
-        return (grad_hidden.mul_(grad), grad_weight.mul_(grad).to(ctx.dtype), None, None)
+        # In place: the two live nowhere else and at long context are the largest tensors of the loss. In fp32, because a
+        # factor that is a tensor on a GPU would be rounded to bf16 first.
+        for part in grad_hidden.split(ctx.chunk_size):
+            part.copy_(part.to(grad.dtype) * grad)
+        return (grad_hidden, grad_weight.mul_(grad).to(ctx.dtype), None, None)
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

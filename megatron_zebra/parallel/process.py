@@ -3,6 +3,7 @@
 import datetime
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,8 +36,7 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
 def world(wanted_device: str, timeout: float) -> Iterator[Grid]:
     """Join the process group that torchrun's environment describes (alone without one), and leave it at the end.
 
-    A UserError that leaves it is told by one rank, the first that met one; the others then fail in their collectives,
-    which is nothing to tell.
+    A UserError that leaves it is told by one rank.
 
     Args:
         wanted_device: ``parallel.device``.
@@ -60,9 +60,19 @@ def world(wanted_device: str, timeout: float) -> Iterator[Grid]:
         deepspeed.init_distributed(_backend(device), auto_mpi_discovery=False, verbose=False, **options)
     except (RuntimeError, ValueError) as problem:
         raise UserError(f"joining the other processes at {_address()}: {_short(problem)}", local_rank == 0) from None
+    try:
+        with told_by_one():
+            yield Grid(rank, size, local_rank, device)
+    finally:
+        leave()
+
+
+@contextmanager
+def told_by_one() -> Iterator[None]:
+    """Let the first rank that meets a UserError tell it, and let those end quietly whose collectives it left."""
     store = dist.distributed_c10d._get_default_store()
     try:
-        yield Grid(rank, size, local_rank, device)
+        yield
     except UserError as error:
         error.mine = store.add(_TOLD, 1) == 1
         raise
@@ -70,8 +80,6 @@ def world(wanted_device: str, timeout: float) -> Iterator[Grid]:
         if not _is_told(store):
             raise
         raise UserError("another rank has told why the run ends", mine=False) from None
-    finally:
-        leave()
 
 
 _TOLD = "megatron_zebra/told"  # in the group's store: how many ranks have met a UserError
@@ -136,6 +144,7 @@ def _quiet_deepspeed(device: torch.device) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed calls old names
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None  # prints lines that nobody asked for
     if device.type == "cpu":
         # Its shared-memory collectives would be compiled at first use (minutes); gloo serves.
