@@ -9,25 +9,22 @@ source launch/environment.sh ""
 out=quickstart
 step() { printf '\n== %s\n' "$*"; }
 
-step "1/6 text: the Python standard library's sources"
+step "1/5 text: the Python standard library's sources"
 python launch/quickstart.py corpus $out
 
-step "2/6 tokenizer"
+step "2/5 tokenizer"
 python tools/train_tokenizer.py --input $out/train.jsonl --vocab-size 4096 --output $out/tokenizer.model --force
 
-step "3/6 preprocessing"
+step "3/5 preprocessing"
 for part in train valid; do
     python tools/preprocess_data.py --input $out/$part.jsonl --tokenizer $out/tokenizer.model --output-prefix $out/$part --workers 2 --force
 done
 
-step "4/6 training"
+step "4/5 training"
 rm -rf $out/run
 export OMP_NUM_THREADS=1
 torchrun --standalone --nproc-per-node 2 pretrain_zebra.py --config launch/recipes/quickstart.yaml "$@"
 
-step "5/6 evaluation on the held-out files"
+step "5/5 evaluation on the held-out files, pictures, table"
 torchrun --standalone --nproc-per-node 2 tools/evaluate.py perplexity --checkpoint $out/run --data $out/valid
-
-step "6/6 picture and table"
-python tools/plot_run.py $out/run
 python launch/quickstart.py table $out

@@ -71,7 +71,7 @@ def perplexity(arguments: argparse.Namespace) -> None:
                 print(f"warning: {warning}", file=sys.stderr)
             source = FileSource(pair, None, arch.vocab_size if pair.info is None else None)
             rows = OnePass(source, arguments.sequence_length, arguments.rows)
-            with tqdm(total=-(-len(rows) // grid.dp_size), desc=name, unit="row", disable=not grid.is_main) as bar:
+            with tqdm(total=-(-len(rows) // grid.dp_size), desc=name, unit="row", disable=None if grid.is_main else True) as bar:
                 result = evaluate(model, rows, 1, grid, bar.update)
             sets[name] = {
                 "loss": result.loss,
@@ -94,7 +94,8 @@ def _bits_per_byte(loss: float, pair: Any, vocab_size: int) -> float | None:
 
 
 def _report(arguments: argparse.Namespace, folder: Path, sets: dict[str, Any]) -> None:
-    output = arguments.output or folder.parent.parent / "evaluation" / "perplexity.json"
+    run = folder.parent.parent
+    output = arguments.output or run / "evaluation" / "perplexity.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     document = {"checkpoint": str(folder), "sequence_length": arguments.sequence_length, "sets": sets}
     temporary = output.with_name(output.name + ".tmp")
@@ -106,6 +107,10 @@ def _report(arguments: argparse.Namespace, folder: Path, sets: dict[str, Any]) -
             f"{name}: loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}{bits}, {values['targets']} targets"
         )
     print(f"written to {output}")
+    if not arguments.output and (run / "metrics.jsonl").exists():
+        from megatron_zebra.report.plots import write_plots
+
+        print(f"pictures in {write_plots(run)[-1].parent}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from megatron_zebra.parallel.optimizer import ShardedOptimizer
 from megatron_zebra.parallel.process import WorldCollective
 from megatron_zebra.planning.devices import peak_flops
 from megatron_zebra.planning.flops import StepFlops
+from megatron_zebra.report.plots import write_plots
 from megatron_zebra.training.build import build_model, build_optimizer
 from megatron_zebra.training.console import Console
 from megatron_zebra.training.diagnose import Diagnostics
@@ -57,6 +58,8 @@ def train(config: Config, arch: Architecture, inputs: Inputs, folder: Path, grid
         run = _Run(config, arch, inputs, folder, grid, optimizer, collective, console, sinks)
         run.until_done(progress, stop_wanted)
     console.close()
+    if grid.is_main and (folder / "metrics.jsonl").stat().st_size:
+        write_plots(folder)
     log.info("done")
 
 
