@@ -22,7 +22,7 @@ from megatron_zebra.parallel.optimizer import (
 
 
 def deepspeed_settings(
-    stage: int, bf16: bool, micro_batch_size: int, clip_grad: float, extra: dict[str, Any]
+    stage: int, bf16: bool, micro_batch_size: int, clip_grad: float, reduce_bucket_size: int, extra: dict[str, Any]
 ) -> dict[str, Any]:
     """DeepSpeed's configuration; ``extra`` is the user's ``deepspeed`` section."""
     settings: dict[str, Any] = {
@@ -30,7 +30,7 @@ def deepspeed_settings(
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": clip_grad,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": reduce_bucket_size},
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }

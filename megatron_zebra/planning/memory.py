@@ -77,7 +77,9 @@ def training_memory(arch: Architecture, config: Config, dp: int, tokens: int, on
         on_cpu=on_cpu,
     )
     parts = [*state_parts(parameters, e, stage, dp), *_activation_parts(found, training.recompute)]
-    buffers = reduction_buffers(parameters, e, stage, _zero_setting(config, "reduce_bucket_size", REDUCE_BUCKET))
+    buffers = reduction_buffers(
+        parameters, e, stage, _zero_setting(config, "reduce_bucket_size", reduce_bucket_size(parameters))
+    )
     if stage == 1:
         # They are there when the activations are not.
         buffers = max(buffers - found.peak, 0)
@@ -108,6 +110,11 @@ def state_parts(parameters: int, element_bytes: int, stage: int, dp: int) -> lis
             "optimizer", share(masters + 2 * FP32 * p, 1), note("fp32 masters and moments" if masters else "moments", 1)
         ),
     ]
+
+
+def reduce_bucket_size(parameters: int) -> int:
+    """Elements of DeepSpeed's reduction bucket: its default, but never more than there are gradients to reduce."""
+    return min(REDUCE_BUCKET, parameters)
 
 
 def reduction_buffers(parameters: int, element_bytes: int, stage: int, bucket: int) -> int:

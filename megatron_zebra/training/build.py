@@ -7,10 +7,10 @@ from megatron_zebra.errors import UserError
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.decoder import Decoder
 from megatron_zebra.model.initialize import Initializer
-from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.parallel.optimizer import Adam, ShardedOptimizer
 from megatron_zebra.parallel.replicated import ReplicatedOptimizer
 from megatron_zebra.parallel.zero import ZeroOptimizer, deepspeed_settings
+from megatron_zebra.planning.memory import parameter_count, reduce_bucket_size
 
 
 def build_model(config: Config, arch: Architecture, device: torch.device) -> Decoder:
@@ -29,7 +29,7 @@ def build_model(config: Config, arch: Architecture, device: torch.device) -> Dec
         raise UserError(f"model.attention_backend = {config.model.attention_backend}: {error}") from None
 
 
-def build_optimizer(config: Config, model: Decoder, grid: Grid) -> ShardedOptimizer:
+def build_optimizer(config: Config, arch: Architecture, model: Decoder) -> ShardedOptimizer:
     """Wrap ``model`` in the optimizer of ``optimizer.zero_stage``."""
     settings = config.optimizer
     adam = Adam(settings.beta1, settings.beta2, settings.eps, settings.weight_decay, settings.clip_grad)
@@ -40,6 +40,7 @@ def build_optimizer(config: Config, model: Decoder, grid: Grid) -> ShardedOptimi
         config.training.precision == "bf16",
         config.training.micro_batch_size,
         settings.clip_grad,
+        reduce_bucket_size(parameter_count(arch)),
         config.deepspeed,
     )
     return ZeroOptimizer(model, adam, deepspeed)

@@ -47,7 +47,7 @@ def train(config: Config, arch: Architecture, inputs: Inputs, folder: Path, grid
     torch.use_deterministic_algorithms(config.training.deterministic)
     log = rank_log(folder, grid.rank)
     log.info("rank %d of %d on %s", grid.rank, grid.world_size, grid.device)
-    optimizer = build_optimizer(config, build_model(config, arch, grid.device), grid)
+    optimizer = build_optimizer(config, arch, build_model(config, arch, grid.device))
     collective = WorldCollective(grid)
     progress, notes = _start(config, arch, inputs, folder, optimizer, collective)
     console = Console(grid.is_main, config.training.steps, progress.step, config.logging.interval)

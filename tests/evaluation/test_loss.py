@@ -23,7 +23,7 @@ def rows() -> OnePass:
 def evaluated(grid: Grid, stage: int, micro_batch_size: int) -> Evaluated:
     config = small(model__num_layers=2, optimizer__zero_stage=stage)
     arch, _ = opened(config)
-    optimizer = build_optimizer(config, build_model(config, arch, grid.device), grid)
+    optimizer = build_optimizer(config, arch, build_model(config, arch, grid.device))
     return evaluate(optimizer.forward, rows(), micro_batch_size, grid)
 
 

@@ -40,42 +40,54 @@ def allocated(trace: profile) -> tuple[int, int]:
     return now, highest
 
 
-def measured(grid: Grid, stage: int, precision: str) -> tuple[int, int, int]:
-    """(parameters, bytes that stay after the model and optimizer are built, most bytes beyond them in a step)."""
+def measured(grid: Grid, precision: str) -> list[tuple[int, int, int, int]]:
+    """For each stage: parameters, and bytes: the state as the optimizer names it, what stays after it was built, the most in a step."""
     rows = 2 * grid.dp_size
-    config = small(
-        **SIZES, optimizer__zero_stage=stage, training__precision=precision, training__global_batch_size=rows
-    )
-    arch, inputs = opened(config)
-    gc.collect()  # the engine of a test before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as built:
-        optimizer = build_optimizer(config, build_model(config, arch, grid.device), grid)
-        gc.collect()
-    for step in range(2):
-        micro_batches = read_step(inputs.train, step, step * rows, rows, 1, grid.dp_rank, grid.dp_size).micro_batches
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as stepped:
-            train_step(optimizer, micro_batches, 1e-4, grid, 1, StepFlops(arch))
-    return parameter_count(arch), allocated(built)[0], allocated(stepped)[1]
+    out = []
+    for stage in (0, 1, 2, 3):
+        changes = {
+            "optimizer__zero_stage": stage,
+            "training__precision": precision,
+            "training__global_batch_size": rows,
+        }
+        config = small(**SIZES, **changes)
+        arch, inputs = opened(config)
+        gc.collect()  # the engine before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as built:
+            model = build_model(config, arch, grid.device)
+            optimizer = build_optimizer(config, arch, model)
+        for step in range(2):
+            micro_batches = read_step(
+                inputs.train, step, step * rows, rows, 1, grid.dp_rank, grid.dp_size
+            ).micro_batches
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as stepped:
+                train_step(optimizer, micro_batches, 1e-4, grid, 1, StepFlops(arch))
+        # By data pointer: in fp32 under stage 0 a weight is its own master.
+        state = {t.data_ptr(): t.nbytes for held in optimizer.held() for t in held.tensors.values()}
+        weights = (getattr(param, "ds_tensor", param) for param in model.parameters())
+        state |= {w.data_ptr(): w.numel() * w.element_size() for w in weights}
+        out.append((parameter_count(arch), sum(state.values()), allocated(built)[0], allocated(stepped)[1]))
+    return out
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_state_is_what_the_optimizers_hold(run_distributed: Any, stage: int, precision: str, world_size: int) -> None:
+def test_state_is_what_the_optimizers_hold(run_distributed: Any, precision: str) -> None:
+    """Two ranks, all stages: weights and optimizer to the padding of DeepSpeed, gradients and buffers by the peak."""
     e = 2 if precision == "bf16" else 4
-    for parameters, resident, in_step in run_distributed(measured, world_size, stage, precision):
-        weights, gradients, optimizer = (part.bytes for part in state_parts(parameters, e, stage, world_size))
-        gathered = parameters * e if stage == 3 else 0
-        early = 0  # gradients and buffers that are made with the optimizer rather than in the first step
-        if stage == 3:
-            early = gradients + 4 * BUCKET
-        elif stage == 1 and precision == "bf16":
-            early = gradients
-        # DeepSpeed pads its flat groups; its stage 3 has some buffers of single parameters (large beside this model).
-        assert resident == pytest.approx(weights - gathered + optimizer + early, rel=0.1 if stage == 3 else 0.005)
-        # The tokens of this test are few, and what activations it has are allowed for; what is planned is there.
-        planned = gathered + gradients + reduction_buffers(parameters, e, stage, BUCKET) - early
-        assert planned * (0.8 if stage == 3 else 0.98) <= in_step <= planned * 1.02 + 8 * 2**20
+    for of_rank in run_distributed(measured, 2, precision):
+        for stage, (parameters, state, resident, in_step) in enumerate(of_rank):
+            weights, gradients, optimizer = (part.bytes for part in state_parts(parameters, e, stage, 2))
+            gathered = parameters * e if stage == 3 else 0
+            assert state == pytest.approx(weights - gathered + optimizer, rel=0.001), stage
+            # Stage 3 has its gradients and bucket, bf16 stage 1 its gradients before the first step.
+            early = gradients if stage == 3 or (stage, e) == (1, 2) else 0
+            early += 4 * BUCKET if stage == 3 else 0
+            planned = gathered + gradients + reduction_buffers(parameters, e, stage, BUCKET) - early
+            # The few tokens of this test have small activations, which are allowed for.
+            assert in_step <= planned * 1.02 + 8 * 2**20, stage
+            if stage < 3:
+                assert resident == pytest.approx(state + early, rel=0.005), stage
+                assert in_step >= planned * 0.98, stage
 
 
 def test_parts_and_precision() -> None:

@@ -1,5 +1,6 @@
 """Every ZeRO stage on any number of processes and micro-batches gives one process's losses and gradient norms."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ def curve(grid: Grid, overrides: dict[str, Any]) -> Curve:
     """(loss, gradient norm) of each step, by the code that trains."""
     config = small(**overrides)
     arch, inputs = opened(config)
-    optimizer = build_optimizer(config, build_model(config, arch, grid.device), grid)
+    optimizer = build_optimizer(config, arch, build_model(config, arch, grid.device))
     rows = config.training.global_batch_size
     out = []
     for step in range(STEPS):
@@ -36,11 +37,11 @@ def curve(grid: Grid, overrides: dict[str, Any]) -> Curve:
 
 
 def reference(overrides: dict[str, Any], world_size: int = 1, by_rank: bool = True) -> Curve:
-    """One process, plain torch: the whole global batch as one micro-batch of autograd, AdamW on fp32 masters.
+    """One process, plain torch: autograd and AdamW on fp32 masters; in fp32 the whole global batch at once.
 
-    In bf16 the gradients of the rows are added in fp32 in the order of ``world_size`` ranks: each rank's own first, or
-    (``by_rank`` false) each micro-batch over the ranks first. Another order changes a sum in its last bit, which in a
-    few steps turns the rounding of some bf16 weight.
+    In bf16 the micro-batches of ``world_size`` ranks, their gradients added in fp32 in the order of these: each rank's own
+    first, or (``by_rank`` false) each micro-batch over the ranks first. Another order changes a sum in its last bit, which
+    in a few steps turns the rounding of some bf16 weight.
     """
     config = small(**overrides)
     arch, inputs = opened(config)
@@ -53,26 +54,28 @@ def reference(overrides: dict[str, Any], world_size: int = 1, by_rank: bool = Tr
     ]
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
     rows = config.training.global_batch_size
-    micro = rows if config.training.precision == "fp32" else 1
+    whole = config.training.precision == "fp32"
+    micro, ranks = (rows, 1) if whole else (config.training.micro_batch_size, world_size)
     out = []
     for step in range(STEPS):
-        batches = read_step(inputs.train, step, step * rows, rows, micro).micro_batches
-        targets = sum(batch.targets for batch in batches)
+        read = [
+            read_step(inputs.train, step, step * rows, rows, micro, rank, ranks).micro_batches for rank in range(ranks)
+        ]
+        targets = sum(batch.targets for batches in read for batch in batches)
         total = 0.0
-        gradients: list[list[torch.Tensor]] = []
-        for batch in batches:
-            loss = model(*batch.inputs("cpu"))
-            (loss.sum / targets).backward()
-            total += loss.tokens.double().sum().item()
-            gradients.append([param.grad.float() for param in params if param.grad is not None])
-            for param in params:
-                param.grad = None
-        if by_rank:
-            parts = [gradients[rank::world_size] for rank in range(world_size)]
-        else:
-            parts = [gradients[first : first + world_size] for first in range(0, len(gradients), world_size)]
+        gradients: list[list[list[torch.Tensor]]] = []  # by rank, micro-batch, parameter
+        for batches in read:
+            gradients.append([])
+            for batch in batches:
+                loss = model(*batch.inputs("cpu"))
+                (loss.sum / targets).backward()
+                total += loss.tokens.double().sum().item()
+                gradients[-1].append([param.grad.float() for param in params if param.grad is not None])
+                for param in params:
+                    param.grad = None
+        parts = gradients if by_rank else list(zip(*gradients))
         for number, master in enumerate(masters):
-            master.grad = sum(sum(row[number] for row in part) for part in parts if part)  # type: ignore[assignment]
+            master.grad = sum(sum(one[number] for one in part) for part in parts)  # type: ignore[assignment]
         norm = torch.nn.utils.clip_grad_norm_(masters, config.optimizer.clip_grad or 1e30).item()
         for group in adam.param_groups:
             group["lr"] = learning_rate(config.optimizer, step, STEPS)
@@ -90,31 +93,43 @@ def assert_same(got: Curve, want: Curve, tolerance: float) -> None:
         assert abs(norm - norm_) <= tolerance * norm_, f"norm of step {step}: {norm} for {norm_}"
 
 
-@pytest.fixture(scope="module")
-def fp32() -> Curve:
-    return reference({})
+def cut(world_size: int, micro_batches: int) -> dict[str, Any]:
+    """Sixteen rows of ragged documents over so many processes, so many micro-batches each."""
+    return {
+        "model__num_layers": 2,
+        "data__sequence_length": 32,
+        "training__global_batch_size": 16,
+        "training__micro_batch_size": 16 // (world_size * micro_batches),
+    }
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2), (4, 1)])
-def test_L01_L03_fp32(run_distributed: Any, fp32: Curve, stage: int, world_size: int, micro_batch_size: int) -> None:
-    overrides = {"optimizer__zero_stage": stage, "training__micro_batch_size": micro_batch_size}
-    for got in run_distributed(curve, world_size, overrides):
-        assert_same(got, fp32, 1e-5)
+@functools.cache
+def expected(precision: str, world_size: int, micro_batches: int, by_rank: bool) -> Curve:
+    settings = {"training__precision": precision, "optimizer__clip_grad": 0.5 if precision == "fp32" else 0.0}
+    return reference(cut(world_size, micro_batches) | settings, world_size, by_rank)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("micro_batches", [1, 4])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_bf16_has_fp32_sums_and_masters(run_distributed: Any, stage: int, world_size: int) -> None:
-    settings = {"training__precision": "bf16", "optimizer__clip_grad": 0.0}
-    want = reference(settings, world_size, by_rank=stage < 2)
-    for got in run_distributed(curve, world_size, settings | {"optimizer__zero_stage": stage}):
-        assert_same(got, want, 1e-5)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_L01_L03_fp32(run_distributed: Any, stage: int, world_size: int, micro_batches: int) -> None:
+    settings = cut(world_size, micro_batches) | {"optimizer__zero_stage": stage}
+    for got in run_distributed(curve, world_size, settings):
+        assert_same(got, expected("fp32", 1, 1, True), 1e-5)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_has_fp32_sums_and_masters(run_distributed: Any, stage: int, world_size: int, micro_batches: int) -> None:
+    settings = {"training__precision": "bf16", "optimizer__clip_grad": 0.0, "optimizer__zero_stage": stage}
+    for got in run_distributed(curve, world_size, cut(world_size, micro_batches) | settings):
+        assert_same(got, expected("bf16", world_size, micro_batches, stage < 2), 1e-5)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_tied_embeddings(run_distributed: Any, stage: int) -> None:
-    settings = {"model__tie_embeddings": True}
+    settings = cut(2, 1) | {"model__tie_embeddings": True}
     want = reference(settings)
     for got in run_distributed(curve, 2, settings | {"optimizer__zero_stage": stage}):
         assert_same(got, want, 1e-5)
