@@ -22,7 +22,9 @@ class Pool:
     """Waiting processes; a failed call ends them all, since some may hang in a collective."""
 
     def __init__(self) -> None:
-        self.context = multiprocessing.get_context("spawn")
+        # A server imports once what takes seconds; each process is forked from it before any thread or group exists.
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["tests.preload"])
         self.workers: dict[int, list[Any]] = {}
 
     def run(self, fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:

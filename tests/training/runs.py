@@ -67,7 +67,8 @@ def run(
         seen.updates = optimizer.updates()
         return outcome
 
-    with patch.object(loop, "train_step", step):
+    # The picture of a run is tested elsewhere; matplotlib costs a second each time.
+    with patch.object(loop, "train_step", step), patch.object(loop, "write_plots", create=True):
         try:
             loop.train(config, arch, inputs, folder, grid)
         except UserError as error:
