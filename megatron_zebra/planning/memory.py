@@ -11,7 +11,7 @@ wherever the weights cannot be their own:
     3      e P / dp + e min(P, 1e9)  4 P / dp    4 P / dp                 8 P / dp
 
 The second term of stage 3 is what it may hold gathered (stage3_max_live_parameters). Reduction buffers, by measurement
-of DeepSpeed 0.19.8 (tests/planning/test_memory.py): stage 1 fp32 4 B, bf16 4 min(P, B), both after the last backward;
+of DeepSpeed 0.19.8 (tests/planning/test_memory.py): stage 1 fp32 4 B, bf16 4 min(P, 5e8), both after the last backward;
 stage 2 e B and stage 3 4 B, with 4 min(P, B) in fp32, (4 + e) min(P, B) in bf16, during it.
 """
 
@@ -123,7 +123,7 @@ def reduction_buffers(parameters: int, element_bytes: int, stage: int, bucket: i
     if stage == 0:
         return 0
     if stage == 1:
-        return FP32 * bucket if e == FP32 else FP32 * filled
+        return FP32 * bucket if e == FP32 else FP32 * min(parameters, REDUCE_BUCKET)
     own = e * bucket if stage == 2 else FP32 * bucket
     return own + filled * (FP32 if e == FP32 else FP32 + e)
 

@@ -12,20 +12,26 @@ from megatron_zebra.config.sections import Model
 from megatron_zebra.data.batch import read_step
 from megatron_zebra.model.architecture import resolve
 from megatron_zebra.parallel.grid import Grid
+from megatron_zebra.planning.activations import activations
 from megatron_zebra.planning.flops import StepFlops
-from megatron_zebra.planning.memory import parameter_count, reduction_buffers, state_parts, training_memory
+from megatron_zebra.planning.memory import (
+    parameter_count,
+    reduce_bucket_size,
+    reduction_buffers,
+    state_parts,
+    training_memory,
+)
 from megatron_zebra.training.build import build_model, build_optimizer
 from megatron_zebra.training.step import train_step
 from tests.training.cases import opened, small
 
-BUCKET = 1_000_000
+TOKENS = 16
 SIZES: dict[str, Any] = {
-    "model__hidden_size": 256,
-    "model__ffn_hidden_size": 1024,
-    "model__vocab_size": 1024,
-    "data__sequence_length": 32,
+    "model__hidden_size": 128,
+    "model__ffn_hidden_size": 512,
+    "model__vocab_size": 512,
+    "data__sequence_length": TOKENS,
     "model__num_layers": 2,
-    "deepspeed__zero_optimization__reduce_bucket_size": BUCKET,
     "deepspeed__zero_optimization__stage3_param_persistence_threshold": 0,
 }
 
@@ -40,51 +46,59 @@ def allocated(trace: profile) -> tuple[int, int]:
     return now, highest
 
 
-def measured(grid: Grid, precision: str) -> list[tuple[int, int, int, int]]:
-    """For each stage: parameters, and bytes: the state as the optimizer names it, what stays after it was built, the most in a step."""
-    rows = 2 * grid.dp_size
+def weight_bytes(precision: str) -> int:
+    return 2 if precision == "bf16" else 4
+
+
+def measured(grid: Grid, precision: str) -> list[tuple[int, ...]]:
+    """For each stage: parameters, and bytes: planned activations, the state as the optimizer names it, what stays after it
+    was built, the most in a step beyond that.
+    """
     out = []
     for stage in (0, 1, 2, 3):
-        changes = {
-            "optimizer__zero_stage": stage,
-            "training__precision": precision,
-            "training__global_batch_size": rows,
-        }
-        config = small(**SIZES, **changes)
-        arch, inputs = opened(config)
-        gc.collect()  # the engine before
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as built:
-            model = build_model(config, arch, grid.device)
-            optimizer = build_optimizer(config, arch, model)
-        for step in range(2):
-            micro_batches = read_step(
-                inputs.train, step, step * rows, rows, 1, grid.dp_rank, grid.dp_size
-            ).micro_batches
-            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as stepped:
-                train_step(optimizer, micro_batches, 1e-4, grid, 1, StepFlops(arch))
-        # By data pointer: in fp32 under stage 0 a weight is its own master.
-        state = {t.data_ptr(): t.nbytes for held in optimizer.held() for t in held.tensors.values()}
-        weights = (getattr(param, "ds_tensor", param) for param in model.parameters())
-        state |= {w.data_ptr(): w.numel() * w.element_size() for w in weights}
-        out.append((parameter_count(arch), sum(state.values()), allocated(built)[0], allocated(stepped)[1]))
+        out.append(_measured(grid, precision, stage))
+        gc.collect()
     return out
+
+
+def _measured(grid: Grid, precision: str, stage: int) -> tuple[int, ...]:
+    rows = 2 * grid.dp_size
+    changes = {"optimizer__zero_stage": stage, "training__precision": precision, "training__global_batch_size": rows}
+    config = small(**SIZES, **changes)
+    arch, inputs = opened(config)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as built:
+        model = build_model(config, arch, grid.device)
+        optimizer = build_optimizer(config, arch, model)
+    for step in range(2):
+        micro_batches = read_step(inputs.train, step, step * rows, rows, 1, grid.dp_rank, grid.dp_size).micro_batches
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as stepped:
+            train_step(optimizer, micro_batches, 1e-4, grid, 1, StepFlops(arch))
+    # By data pointer: in fp32 under stage 0 a weight is its own master.
+    state = {t.data_ptr(): t.nbytes for held in optimizer.held() for t in held.tensors.values()}
+    weights = (getattr(param, "ds_tensor", param) for param in model.parameters())
+    state |= {w.data_ptr(): w.numel() * w.element_size() for w in weights}
+    peak = activations(
+        arch, TOKENS, element_bytes=weight_bytes(precision), recompute="none", loss_chunk_size=20, on_cpu=True
+    ).peak
+    return parameter_count(arch), peak, sum(state.values()), allocated(built)[0], allocated(stepped)[1]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_state_is_what_the_optimizers_hold(run_distributed: Any, precision: str) -> None:
     """Two ranks, all stages: weights and optimizer to the padding of DeepSpeed, gradients and buffers by the peak."""
-    e = 2 if precision == "bf16" else 4
+    e = weight_bytes(precision)
     for of_rank in run_distributed(measured, 2, precision):
-        for stage, (parameters, state, resident, in_step) in enumerate(of_rank):
+        for stage, (parameters, peak, state, resident, in_step) in enumerate(of_rank):
             weights, gradients, optimizer = (part.bytes for part in state_parts(parameters, e, stage, 2))
             gathered = parameters * e if stage == 3 else 0
             assert state == pytest.approx(weights - gathered + optimizer, rel=0.001), stage
             # Stage 3 has its gradients and bucket, bf16 stage 1 its gradients before the first step.
             early = gradients if stage == 3 or (stage, e) == (1, 2) else 0
-            early += 4 * BUCKET if stage == 3 else 0
-            planned = gathered + gradients + reduction_buffers(parameters, e, stage, BUCKET) - early
-            # The few tokens of this test have small activations, which are allowed for.
-            assert in_step <= planned * 1.02 + 8 * 2**20, stage
+            bucket = reduce_bucket_size(parameters)
+            early += 4 * bucket if stage == 3 else 0
+            planned = gathered + gradients + reduction_buffers(parameters, e, stage, bucket) - early
+            # One or two weight gradients are on their way to the bucket; in a model this small they count.
+            assert in_step <= 1.02 * (planned + peak) + 2**19, stage
             if stage < 3:
                 assert resident == pytest.approx(state + early, rel=0.005), stage
                 assert in_step >= planned * 0.98, stage
