@@ -59,7 +59,10 @@ def train(config: Config, arch: Architecture, inputs: Inputs, folder: Path, grid
         run.until_done(progress, stop_wanted)
     console.close()
     if grid.is_main and (folder / "metrics.jsonl").stat().st_size:
-        write_plots(folder)
+        try:
+            write_plots(folder)
+        except (UserError, OSError) as error:  # the run is done and saved: no picture is no failure
+            console.say(f"warning: no plots: {error}")
     log.info("done")
 
 
