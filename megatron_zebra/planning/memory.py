@@ -12,7 +12,8 @@ wherever the weights cannot be their own:
 
 The second term of stage 3 is what it may hold gathered (stage3_max_live_parameters). Reduction buffers, by measurement
 of DeepSpeed 0.19.8 (tests/planning/test_memory.py): stage 1 fp32 4 B, bf16 4 min(P, 5e8), both after the last backward;
-stage 2 e B and stage 3 4 B, with 4 min(P, B) in fp32, (4 + e) min(P, B) in bf16, during it.
+stage 2 e B and stage 3 4 B, with 4 min(P, B) in fp32, (4 + e) min(P, B) in bf16, during it
+(stage 3, which gathers and frees meanwhile, was seen to need half as much again in a small model).
 """
 
 from dataclasses import dataclass
