@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ from megatron_zebra.config.load import load_config
 from megatron_zebra.data.writer import PairWriter, Vocabulary
 from megatron_zebra.model.architecture import resolve
 from megatron_zebra.parallel.grid import Grid
+from megatron_zebra.training import loop
 from megatron_zebra.training.inputs import open_inputs
-from megatron_zebra.training.loop import train
 
 DEBUG = "launch/recipes/debug.yaml"
 
@@ -77,7 +78,7 @@ def cut(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
 
-def patch(path: Path, offset: int, data: bytes) -> None:
+def overwrite(path: Path, offset: int, data: bytes) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:offset] + data + whole[offset + len(data) :])
 
@@ -89,8 +90,8 @@ def patch(path: Path, offset: int, data: bytes) -> None:
         (lambda p: p.with_suffix(".idx").unlink(), ["p.idx"]),
         (lambda p: cut(p.with_suffix(".bin"), 13), ["p.bin"]),
         (lambda p: cut(p.with_suffix(".idx"), 60), ["p.idx"]),
-        (lambda p: patch(p.with_suffix(".idx"), 0, b"NOTMAGIC"), ["p.idx", "begins with", "MMIDIDX"]),
-        (lambda p: patch(p.with_suffix(".idx"), 9, b"\x07"), ["p.idx", "version"]),
+        (lambda p: overwrite(p.with_suffix(".idx"), 0, b"NOTMAGIC"), ["p.idx", "begins with", "MMIDIDX"]),
+        (lambda p: overwrite(p.with_suffix(".idx"), 9, b"\x07"), ["p.idx", "version"]),
         (lambda p: p.with_suffix(".json").write_text("{"), ["p.json"]),
     ],
 )
@@ -114,7 +115,7 @@ def test_data_that_does_not_fit_the_model_is_one_line(tmp_path: Path, capsys: py
     assert "model.vocab_size is 64" in line
     line = refused([*words, "--data.tokenizer", str(tmp_path / "no.model")], capsys)
     assert "no.model" in line
-    patch(tmp_path / "p.json", 0, b"?")
+    overwrite(tmp_path / "p.json", 0, b"?")
     assert "p.json" in refused(words, capsys)
 
 
@@ -183,7 +184,9 @@ def test_answers_come_before_torch_is_imported(words: list[str], code: int) -> N
 def debug_run(grid: Grid, run_dir: Path, overrides: dict[str, Any]) -> None:
     config = load_config(DEBUG, overrides)
     inputs = open_inputs(config)
-    train(config, resolve(config.model, inputs.vocab_size, config.data.sequence_length), inputs, run_dir, grid)
+    arch = resolve(config.model, inputs.vocab_size, config.data.sequence_length)
+    with patch.object(loop, "write_plots"):
+        loop.train(config, arch, inputs, run_dir, grid)
 
 
 def losses(run_dir: Path) -> list[tuple[int, float, float]]:
