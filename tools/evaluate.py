@@ -59,7 +59,10 @@ def perplexity(arguments: argparse.Namespace) -> None:
     from megatron_zebra.parallel.process import WorldCollective, world
     from megatron_zebra.training.state import locate
 
-    pairs = {Path(prefix).name: IndexedPair(prefix) for prefix in arguments.data}
+    names = [Path(prefix).name for prefix in arguments.data]
+    if len(set(names)) < len(names):
+        names = arguments.data  # sets of one name, in different folders
+    pairs = {name: IndexedPair(prefix) for name, prefix in zip(names, arguments.data)}
     with world(arguments.device, 600.0) as grid:
         folder = locate(arguments.checkpoint, WorldCollective(grid))
         dtype = torch.float32 if arguments.precision == "fp32" else torch.bfloat16
@@ -94,13 +97,16 @@ def _bits_per_byte(loss: float, pair: Any, vocab_size: int) -> float | None:
 
 
 def _report(arguments: argparse.Namespace, folder: Path, sets: dict[str, Any]) -> None:
-    run = folder.parent.parent
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     output = arguments.output or run / "evaluation" / "perplexity.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
     document = {"checkpoint": str(folder), "sequence_length": arguments.sequence_length, "sets": sets}
     temporary = output.with_name(output.name + ".tmp")
-    temporary.write_text(json.dumps(document, indent=2) + "\n")
-    os.replace(temporary, output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(document, indent=2) + "\n")
+        os.replace(temporary, output)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
     for name, values in sets.items():
         bits = f", {values['bits_per_byte']:.3f} bits a byte" if values["bits_per_byte"] is not None else ""
         print(

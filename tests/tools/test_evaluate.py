@@ -1,0 +1,87 @@
+"""tools/evaluate.py: the loss that training's validation found, and one line for bad input."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_zebra.errors import run_tool
+from tests.training.runs import metrics, run
+from tests.training.test_loop import QUICK, pair
+from tools import evaluate
+
+
+def tool(*words: str) -> int:
+    """The exit code of the tool."""
+    sys.argv = ["evaluate.py", *words]
+    try:
+        run_tool(evaluate.main)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.fixture(autouse=True)
+def _arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+
+@pytest.fixture
+def trained(run_distributed: Any, tmp_path: Path) -> Path:
+    settings = {"data__synthetic__documents": 0, "data__train": [pair(tmp_path / "a", 1)]}
+    settings |= {"data__valid": [pair(tmp_path / "b", 1, 10)], "evaluation__interval": 9, "evaluation__rows": 99}
+    run_distributed(run, 1, tmp_path / "run", QUICK | settings)
+    return tmp_path / "run"
+
+
+def test_perplexity_is_that_of_the_validation(trained: Path, tmp_path: Path) -> None:
+    for checkpoint in (trained, trained / "checkpoints" / "step-00000004"):
+        output = tmp_path / "out" / "p.json"
+        words = [
+            "perplexity",
+            "--checkpoint",
+            str(checkpoint),
+            "--data",
+            str(tmp_path / "b"),
+            "--sequence-length",
+            "48",
+        ]
+        assert tool(*words, "--device", "cpu", "--output", str(output)) == 0
+        found = json.loads(output.read_text())["sets"]["b"]
+        assert found["loss"] == pytest.approx(metrics(trained)[-1]["valid/b"], abs=1e-6)
+        assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+        assert found["bits_per_byte"] is None  # the pair does not know its text
+        assert found["edges"] == [0, 16, 32, 48]
+
+
+def test_bad_input_is_one_line(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    data = ["--data", str(tmp_path / "b"), "--device", "cpu"]
+    for words, part in [
+        (["--checkpoint", str(tmp_path / "no"), *data], "no such folder"),
+        (["--checkpoint", str(tmp_path / "empty"), *data], "holds no checkpoint"),
+        (["--checkpoint", str(trained), "--data", str(tmp_path / "no")], "no.idx"),
+        (["--checkpoint", str(trained), *data, "--rows", "0"], "--rows 0: must be 1 or more"),
+        (["--checkpoint", str(trained), *data, "--output", str(tmp_path / "file" / "x")], "cannot be written"),
+    ]:
+        assert tool("perplexity", *words) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert part in err
+    assert not (trained / "evaluation").exists()
+
+
+def test_sets_of_one_name_are_both_told(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other").mkdir()
+    pair(tmp_path / "other" / "b", 2, 10)
+    both = [str(tmp_path / "b"), str(tmp_path / "other" / "b")]
+    output = tmp_path / "p.json"
+    words = ["--sequence-length", "48", "--rows", "2", "--device", "cpu", "--output", str(output)]
+    assert tool("perplexity", "--checkpoint", str(trained), "--data", *both, *words) == 0
+    assert list(json.loads(output.read_text())["sets"]) == both
