@@ -1,0 +1,267 @@
+#!/usr/bin/env python
+"""Put one fault at a time into a copy of the sources and see that an ordinary test goes red.
+
+    python tests/mutate.py [NAME ...] [--list] [--no-baseline]
+
+Each mutation replaces a string that must occur exactly once in its file. The checkout itself is never changed: all
+happens in a temporary copy, in which the tests are first run without a fault (they must be green for red to mean
+anything). Prints a table; exit code 0 if every mutation was caught, 1 otherwise. Takes some minutes.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("megatron_zebra", "tests", "tools", "launch", "docs", "pretrain_zebra.py", "pyproject.toml")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """``old`` becomes ``new`` in ``file``; one of the ``tests`` (words for pytest) should fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+RESUME = "tests/training/test_resume.py -k bit_for_bit"
+MUTATIONS = [
+    Mutation(
+        "window one key short",
+        "megatron_zebra/attention/cpu.py",
+        "plan(segments.cu_q, segments.cu_k, window, group)",
+        "plan(segments.cu_q, segments.cu_k, window and window - 1, group)",
+        "tests/attention/test_backends.py",
+    ),
+    Mutation(
+        "window one key long",
+        "megatron_zebra/attention/cpu.py",
+        "plan(segments.cu_q, segments.cu_k, window, group)",
+        "plan(segments.cu_q, segments.cu_k, window and window + 1, group)",
+        "tests/attention/test_backends.py",
+    ),
+    Mutation(
+        "phase of the pattern shifted",
+        "megatron_zebra/model/pattern.py",
+        "i % layer_group_size == 0",
+        "(i + 1) % layer_group_size == 0",
+        "tests/model",
+    ),
+    Mutation(
+        "labels not shifted",
+        "megatron_zebra/data/rows.py",
+        "labels[filled : filled + read.size - 1] = read[1:]",
+        "labels[filled : filled + read.size - 1] = read[:-1]",
+        "tests/data/test_order.py",
+    ),
+    Mutation(
+        "labels not masked at a document's edge",
+        "megatron_zebra/data/rows.py",
+        "        labels[bounds - 1] = IGNORE\n",
+        "",
+        "tests/data/test_order.py",
+    ),
+    Mutation(
+        "positions do not restart",
+        "megatron_zebra/data/rows.py",
+        "positions = np.arange(length) - np.repeat(starts, lengths)",
+        "positions = np.arange(length)",
+        "tests/data/test_order.py",
+    ),
+    Mutation(
+        "documents of a batch see each other",
+        "megatron_zebra/data/batch.py",
+        "np.concatenate([row.lengths for row in rows])",
+        "np.array([row.tokens.size for row in rows])",
+        "tests/data/test_batch.py",
+    ),
+    Mutation(
+        "gradient scaled by 2",
+        "megatron_zebra/training/step.py",
+        "scale = grid.dp_size / targets.clamp_min(1)",
+        "scale = 2 * grid.dp_size / targets.clamp_min(1)",
+        "tests/training/test_zero.py",
+    ),
+    Mutation(
+        "mean of micro-batch means",
+        "megatron_zebra/training/step.py",
+        "optimizer.backward(loss.sum * scale)",
+        "optimizer.backward(loss.sum / batch.targets / len(micro_batches))",
+        "tests/training/test_zero.py",
+    ),
+    Mutation(
+        "gradients summed over ranks, not averaged",
+        "megatron_zebra/parallel/replicated.py",
+        "            gradient.div_(dist.get_world_size())\n",
+        "",
+        "tests/training/test_zero.py",
+    ),
+    Mutation(
+        "weight decay on norms",
+        "megatron_zebra/parallel/optimizer.py",
+        '{"params": vectors, "weight_decay": 0.0}',
+        '{"params": vectors, "weight_decay": weight_decay}',
+        "tests/training/test_zero.py",
+    ),
+    Mutation(
+        "a gradient that is not a number is applied",
+        "megatron_zebra/parallel/replicated.py",
+        "finite = bool(torch.isfinite(norm))",
+        "finite = True",
+        "tests/training/test_nonfinite.py",
+    ),
+    Mutation(
+        "one row repeated after a resume",
+        "megatron_zebra/training/loop.py",
+        "            consumed_rows=progress.consumed_rows,\n",
+        "            consumed_rows=max(0, progress.consumed_rows - 1),\n",
+        RESUME,
+    ),
+    Mutation(
+        "moments not restored",
+        "megatron_zebra/training/state.py",
+        "restore(open_checkpoint(found.folder), arch, optimizer, KINDS)",
+        'restore(open_checkpoint(found.folder), arch, optimizer, ("weight",))',
+        RESUME,
+    ),
+    Mutation(
+        "AdamW's count not restored",
+        "megatron_zebra/parallel/zero.py",
+        "        set_updates(self.adam, updates)\n",
+        "",
+        RESUME,
+    ),
+    Mutation(
+        "bf16 weights not taken from the restored masters",
+        "megatron_zebra/parallel/zero.py",
+        "            self.wrapper.update_lp_params()\n",
+        "",
+        RESUME,
+    ),
+    Mutation(
+        "metrics not cut back on resume",
+        "megatron_zebra/training/metrics.py",
+        "if step is None or step > restored_step:",
+        "if step is None:",
+        RESUME,
+    ),
+    Mutation(
+        "warm-up one step late",
+        "megatron_zebra/training/schedule.py",
+        "return peak * (step + 1) / (warmup + 1)",
+        "return peak * step / (warmup + 1)",
+        "tests/training/test_schedule.py",
+    ),
+    Mutation(
+        "evaluation counts padding rows' place twice",
+        "megatron_zebra/evaluation/loss.py",
+        "range(first + grid.dp_rank, first + step, grid.dp_size)",
+        "range(first, first + micro_batch_size)",
+        "tests/evaluation",
+    ),
+    Mutation(
+        "latest moves before the data",
+        "megatron_zebra/checkpoint/save.py",
+        "        files.make_folder(folder)\n    return folder",
+        "        files.make_folder(folder)\n        catalog.write_latest(root, folder)\n    return folder",
+        "tests/checkpoint",
+    ),
+    Mutation(
+        "index written before the data is on the disk",
+        "megatron_zebra/checkpoint/writer.py",
+        "                files.sync(file)\n",
+        "",
+        "tests/checkpoint",
+    ),
+]
+
+
+def copy_tree() -> Path:
+    """The sources in a folder of their own."""
+    folder = Path(tempfile.mkdtemp(prefix="mutate-"))
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.exists():
+            shutil.copy(source, folder / name)
+    return folder
+
+
+def mutated(text: str, mutation: Mutation) -> str:
+    """``text`` with the fault; the string must be there exactly once."""
+    found = text.count(mutation.old)
+    if found != 1:
+        raise SystemExit(f"{mutation.name}: found {found} times in {mutation.file}, not once: {mutation.old!r}")
+    return text.replace(mutation.old, mutation.new)
+
+
+def run_tests(folder: Path, tests: str) -> tuple[int, str]:
+    """Exit code of pytest in the copy (stopping at the first failure), and the test that failed."""
+    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.MULTILINE)
+    if result.returncode not in (0, 1):
+        raise SystemExit(
+            f"pytest {tests}: exit code {result.returncode}\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
+        )
+    return result.returncode, failed[1] if failed else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="mutations to try (default: all)")
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--no-baseline", action="store_true", help="do not run the tests without a fault first")
+    arguments = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if not arguments.names or mutation.name in arguments.names]
+    if arguments.list:
+        print("\n".join(mutation.name for mutation in MUTATIONS))
+        return 0
+    if unknown := set(arguments.names) - {mutation.name for mutation in MUTATIONS}:
+        raise SystemExit(f"no such mutation: {', '.join(sorted(unknown))} (--list shows them)")
+    folder = copy_tree()
+    try:
+        for tests in dict.fromkeys(mutation.tests for mutation in chosen) if not arguments.no_baseline else ():
+            code, failed = run_tests(folder, tests)
+            if code:
+                raise SystemExit(f"red without a fault: {failed}")
+            print(f"green without a fault: {tests}", flush=True)
+        missed = [mutation.name for mutation in chosen if not try_one(folder, mutation)]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(
+        f"{len(chosen) - len(missed)} of {len(chosen)} caught"
+        + (f"; NOT caught: {', '.join(missed)}" if missed else "")
+    )
+    return 1 if missed else 0
+
+
+def try_one(folder: Path, mutation: Mutation) -> bool:
+    """Whether a test goes red over ``mutation``; the copy is as before afterwards."""
+    file = folder / mutation.file
+    text = file.read_text()
+    began = time.monotonic()
+    try:
+        file.write_text(mutated(text, mutation))
+        code, failed = run_tests(folder, mutation.tests)
+    finally:
+        file.write_text(text)
+    caught = f"red: {failed}" if code else "NOT CAUGHT"
+    print(f"{mutation.name:50s} {time.monotonic() - began:5.0f} s  {caught}", flush=True)
+    return code != 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
