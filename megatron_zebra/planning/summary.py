@@ -95,7 +95,8 @@ def _ranks(config: Config, world_size: int) -> list[str]:
 
 def _memory_title(config: Config) -> str:
     rows, length = config.training.micro_batch_size, longest_row(config)
-    return f"memory of a rank, estimated (micro-batch of {rows} x {length:,} tokens, {config.training.precision})"
+    where = "the CPU" if config.parallel.device == "cpu" else "a GPU"
+    return f"memory of a rank, estimated for {where} (micro-batch of {rows} x {length:,} tokens, {config.training.precision})"
 
 
 def _memory(config: Config, arch: Architecture, world_size: int) -> list[str]:
