@@ -80,7 +80,11 @@ def in_a_process(which: str, length: int, recompute: str, memory_limit: float) -
     words = [which, str(length), recompute, str(memory_limit)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, os.path.abspath(__file__), "--measure", *words], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, os.path.abspath(__file__), "--measure", *words],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])

@@ -74,7 +74,9 @@ def perplexity(arguments: argparse.Namespace) -> None:
                 print(f"warning: {warning}", file=sys.stderr)
             source = FileSource(pair, None, arch.vocab_size if pair.info is None else None)
             rows = OnePass(source, arguments.sequence_length, arguments.rows)
-            with tqdm(total=-(-len(rows) // grid.dp_size), desc=name, unit="row", disable=None if grid.is_main else True) as bar:
+            with tqdm(
+                total=-(-len(rows) // grid.dp_size), desc=name, unit="row", disable=None if grid.is_main else True
+            ) as bar:
                 result = evaluate(model, rows, 1, grid, bar.update)
             sets[name] = {
                 "loss": result.loss,
