@@ -22,7 +22,7 @@ from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.parallel.optimizer import ShardedOptimizer
 from megatron_zebra.parallel.process import WorldCollective
 from megatron_zebra.planning.devices import peak_flops
-from megatron_zebra.planning.flops import StepFlops
+from megatron_zebra.planning.flops import CONVENTION, StepFlops
 from megatron_zebra.report.plots import write_plots
 from megatron_zebra.training.build import build_model, build_optimizer
 from megatron_zebra.training.console import Console
@@ -47,6 +47,7 @@ def train(config: Config, arch: Architecture, inputs: Inputs, folder: Path, grid
     torch.use_deterministic_algorithms(config.training.deterministic)
     log = rank_log(folder, grid.rank)
     log.info("rank %d of %d on %s", grid.rank, grid.world_size, grid.device)
+    log.info("flops_per_second and mfu count %s", CONVENTION)
     optimizer = build_optimizer(config, arch, build_model(config, arch, grid.device))
     collective = WorldCollective(grid)
     progress, notes = _start(config, arch, inputs, folder, optimizer, collective)
