@@ -39,6 +39,11 @@ def warnings(config: Config) -> list[str]:
         found.append(
             f"model.window_size = {model.window_size} is not below data.sequence_length = {data.sequence_length}: local layers see everything"
         )
+    if config.optimizer.warmup_steps > config.training.steps:
+        found.append(
+            f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is above training.steps = {config.training.steps}: "
+            "the learning rate never reaches its peak"
+        )
     return found
 
 
@@ -110,11 +115,9 @@ def _batch(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _optimizer(config: Config) -> Iterator[str]:
-    optimizer, steps = config.optimizer, config.training.steps
+    optimizer = config.optimizer
     if optimizer.min_learning_rate > optimizer.learning_rate:
         yield f"optimizer.min_learning_rate = {optimizer.min_learning_rate}: must not be above optimizer.learning_rate = {optimizer.learning_rate}"
-    if optimizer.warmup_steps > steps:
-        yield f"optimizer.warmup_steps = {optimizer.warmup_steps}: must not be above training.steps = {steps}"
     if (
         optimizer.decay_steps is not None
         and optimizer.schedule in ("linear", "cosine")

@@ -91,7 +91,6 @@ BETWEEN = [
     ({"training.micro_batch_size": 3}, 1, ["training.global_batch_size = 8", "3"]),
     ({"parallel.tp": 2}, 2, ["parallel.tp = 2"]),
     ({"optimizer.min_learning_rate": 1.0}, 1, ["optimizer.min_learning_rate = 1.0", "optimizer.learning_rate"]),
-    ({"optimizer.warmup_steps": 2000}, 1, ["optimizer.warmup_steps = 2000", "training.steps = 1000"]),
     ({"deepspeed.zero_optimization.stage": 2}, 1, ["deepspeed.zero_optimization.stage", "optimizer.zero_stage"]),
     ({"deepspeed.gradient_clipping": 2}, 1, ["deepspeed.gradient_clipping", "optimizer.clip_grad"]),
     ({"data.valid": ["a/x", "b/x"]}, 1, ["data.valid", "'x'"]),
