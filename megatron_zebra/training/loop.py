@@ -254,6 +254,11 @@ def _start(
     if progress is None or progress.step == 0:
         return fresh, notes
     if (progress.data, progress.seed) != (fresh.data, fresh.seed):
+        if config.data.sequence_schedule:
+            raise UserError(
+                "data.sequence_schedule: the training data or training.seed is another than before, so its phases would not fit step "
+                f"{progress.step}; begin a new run (checkpoint.load, checkpoint.load_part: weights), or leave the schedule out"
+            )
         notes.append("the training data or training.seed is another than before: its rows are read from the first one")
         return replace(progress, consumed_rows=0, data=fresh.data, seed=fresh.seed), notes
     expected = rows_before(config, progress.step)

@@ -93,7 +93,9 @@ def test_phases_of_length_and_batch_are_trained_and_resumed(run_distributed: Any
     assert curve(tmp_path / "resumed") == curve(tmp_path / "whole")
 
 
-def test_the_batch_of_steps_done_may_not_change_under_a_sequence_schedule(run_distributed: Any, tmp_path: Path) -> None:
+def test_batch_and_data_of_steps_done_may_not_change_under_a_sequence_schedule(
+    run_distributed: Any, tmp_path: Path
+) -> None:
     settings = QUICK | {"data__sequence_schedule": [{"steps": 2, "sequence_length": 16}]}
     run_distributed(run, 1, tmp_path, settings | {"training__steps": 3})
     (seen,) = run_distributed(run, 1, tmp_path, settings | {"training__global_batch_size": 8})
@@ -101,6 +103,9 @@ def test_the_batch_of_steps_done_may_not_change_under_a_sequence_schedule(run_di
     assert seen.error.startswith(
         "data.sequence_schedule: step 3 had consumed 12 rows, with this configuration it would be 24"
     )
+    (seen,) = run_distributed(run, 1, tmp_path, settings | {"training__seed": 4})
+    assert seen.error is not None
+    assert seen.error.startswith("data.sequence_schedule: the training data or training.seed is another than before")
 
 
 def test_a_deterministic_run_is_the_same_twice(run_distributed: Any, tmp_path: Path) -> None:
