@@ -1,7 +1,6 @@
 """A trained model out of a checkpoint, without an optimizer."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -9,12 +8,6 @@ from megatron_zebra.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.decoder import Decoder
 from megatron_zebra.model.initialize import Initializer
-
-
-def read_architecture(folder: Path) -> tuple[Architecture, dict[str, Any]]:
-    """The model and the progress that the checkpoint in ``folder`` is of."""
-    metadata = open_checkpoint(folder).metadata
-    return Architecture.from_dict(metadata["architecture"]), metadata["progress"]
 
 
 @torch.no_grad()
