@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from megatron_zebra.data.inputs import Chunk, InputOptions
 from megatron_zebra.errors import UserError
 
-_BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
+_BLANK_LINES = re.compile(r"(?:\A|\n)(?:[^\S\n]*\n)+")  # a chunk may begin within a run of them
 
 
 def stop(error: UserError) -> None:
