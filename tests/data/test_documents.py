@@ -80,7 +80,7 @@ def test_plain_text(tmp_path: Path, block: int, how: str) -> None:
 
 
 @patient
-@example("a\n\n \na", 2)  # a chunk that begins with a blank line
+@example("aa\n\n \na", 2)  # a chunk that begins with a blank line
 @given(st.text(st.sampled_from("a \n\r\tü"), max_size=60), st.integers(1, 9))
 def test_chunks_do_not_show(tmp_path_factory: pytest.TempPathFactory, text: str, block: int) -> None:
     path = tmp_path_factory.mktemp("t") / "a.txt"
