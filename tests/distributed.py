@@ -1,4 +1,4 @@
-"""Run a function on several processes: ``run_distributed(fn, world_size, *args)`` gives the results of all ranks.
+"""Run a function on several processes: ``run_distributed(fn, world_size, *args, tp=, cp=, pp=)`` gives the results of all ranks.
 
 The processes are started once for the whole test session (importing torch and DeepSpeed takes seconds) and join a new
 process group for each call. ``fn`` is a module-level function whose first argument is the Grid. Each world size has
@@ -27,12 +27,12 @@ class Pool:
         self.context.set_forkserver_preload(["tests.preload"])
         self.workers: dict[int, list[Any]] = {}
 
-    def run(self, fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-        """Results of ``fn(grid, *args)`` by rank; an AssertionError with the traceback of the first rank that failed."""
+    def run(self, fn: Callable[..., Any], world_size: int, *args: Any, **axes: int) -> list[Any]:
+        """Results of ``fn(grid, *args)`` by rank, the grid of ``axes`` (tp, cp, pp); an AssertionError with the traceback of the first rank that failed."""
         workers = self._started(world_size)
         port = _free_port()
         for rank in range(world_size):
-            workers[rank][1].put((fn, rank, world_size, port, args))
+            workers[rank][1].put((fn, rank, world_size, port, args, axes))
         results: list[Any] = [None] * world_size
         waiting, failures, deadline = set(range(world_size)), [], time.monotonic() + TIMEOUT
         while waiting and time.monotonic() < deadline:
@@ -75,11 +75,11 @@ def _work(jobs: Any, results: Any) -> None:
 
     torch.set_num_threads(1)
     while True:
-        fn, rank, world_size, port, args = jobs.get()
+        fn, rank, world_size, port, args, axes = jobs.get()
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         try:
-            with world("cpu", 60.0) as grid:
+            with world("cpu", 60.0, **axes) as grid:
                 results.put((True, fn(grid, *args)))
         except BaseException:
             results.put((False, traceback.format_exc()))

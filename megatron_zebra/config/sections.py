@@ -74,7 +74,28 @@ class Parallel(Section):
 
     tp: int = key(1, "tensor-parallel ranks", ge=1)
     cp: int = key(1, "context-parallel ranks", ge=1)
-    pp: int = key(1, "pipeline stages", ge=1)
+    pp: int = key(1, "pipeline-parallel ranks", ge=1)
+    cp_order: Literal["zigzag", "contiguous"] = key(
+        "zigzag", "which tokens of a row a context-parallel rank holds; zigzag = two chunks, with equal causal work"
+    )
+    cp_head_groups: int = key(
+        1, "parts in which global layers fetch their KV heads, the next while this one is attended to", ge=1, le=2**16
+    )
+    cp_keep_fetched: bool = key(
+        False, "global layers keep fetched keys and values for backward instead of fetching them again"
+    )
+    pp_schedule: Literal["1f1b", "interleaved", "zero_bubble"] = key(
+        "1f1b", "order of the micro-batches; interleaved and zero_bubble (ZBV) give each rank several stages"
+    )
+    pp_stages_per_rank: int | None = key(
+        None, "stages of a rank; null = 1 for 1f1b, else 2 (zero_bubble: always 2)", ge=1, le=1000
+    )
+    pp_layers: list[Annotated[int, Field(ge=0)]] | None = key(
+        None, "layers of each stage, in order; null = chosen so that the slowest stage costs least"
+    )
+    vocab_multiple: int = key(
+        1, "rows of the embedding and the head on a rank are padded to a multiple of this", "rows", ge=1, le=2**16
+    )
     device: Literal["auto", "cpu", "cuda"] = key("auto", "where to compute; auto = cuda if there is one")
     timeout: float = key(600.0, "how long a collective may wait for the other ranks", "seconds", gt=0, le=1e7)
 
@@ -159,6 +180,7 @@ class Training(Section):
     recompute: Literal["none", "attention", "full"] = key(
         "none", "activations computed again in backward instead of kept"
     )
+    offload_activations: bool = key(False, "keep activations for backward in host memory")
     loss_chunk_size: int = key(1024, "tokens whose logits exist at once", "tokens", ge=1, le=2**31 - 1)
     deterministic: bool = key(False, "deterministic kernels only (slower on a GPU)")
     max_nonfinite_steps: int = key(
@@ -200,6 +222,7 @@ class Optimizer(Section):
     beta1: float = key(0.9, "AdamW", ge=0, lt=1)
     beta2: float = key(0.95, "AdamW", ge=0, lt=1)
     eps: float = key(1e-8, "AdamW", gt=0)
+    offload: bool = key(False, "keep and update the optimizer's state in host memory (ZeRO 1, 2, 3)")
     clip_grad: float = key(1.0, "largest norm of the gradient; 0 = no clipping", ge=0)
 
 

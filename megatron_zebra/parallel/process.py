@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_zebra.errors import UserError
-from megatron_zebra.parallel.grid import Grid
+from megatron_zebra.parallel.grid import Grid, make_grid
+from megatron_zebra.parallel.layout import Layout
 
 
 def pick_device(wanted: str, local_rank: int) -> torch.device:
@@ -33,7 +34,7 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
 
 
 @contextmanager
-def world(wanted_device: str, timeout: float) -> Iterator[Grid]:
+def world(wanted_device: str, timeout: float, *, tp: int = 1, cp: int = 1, pp: int = 1) -> Iterator[Grid]:
     """Join the process group that torchrun's environment describes (alone without one), and leave it at the end.
 
     A UserError that leaves it is told by one rank.
@@ -41,6 +42,7 @@ def world(wanted_device: str, timeout: float) -> Iterator[Grid]:
     Args:
         wanted_device: ``parallel.device``.
         timeout: seconds that a collective may wait.
+        tp, cp, pp: ``parallel.tp`` and so on; data parallelism takes what is left.
 
     Raises:
         UserError: the others cannot be reached.
@@ -62,7 +64,7 @@ def world(wanted_device: str, timeout: float) -> Iterator[Grid]:
         raise UserError(f"joining the other processes at {_address()}: {_short(problem)}", local_rank == 0) from None
     try:
         with told_by_one():
-            yield Grid(rank, size, local_rank, device)
+            yield make_grid(Layout.of(size, tp=tp, cp=cp, pp=pp), rank, local_rank, device)
     finally:
         leave()
 
