@@ -54,7 +54,8 @@ def _run(config: Config, line: load.CommandLine, world_size: int, rank: int) -> 
     with locked(folder) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
             write_description(folder, config, world_size)
-        with world(config.parallel.device, config.parallel.timeout) as grid:
+        parallel = config.parallel
+        with world(parallel.device, parallel.timeout, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp) as grid:
             train(config, arch, inputs, folder, grid)
 
 
