@@ -1,7 +1,16 @@
 """What no single key can know: the rules between keys, sections and the world size."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from megatron_zebra.attention.registry import BACKENDS
+from megatron_zebra.config.derived import (
+    ffn_width,
+    head_dim,
+    kv_heads,
+    ranks_per_replica,
+    sequence_multiple,
+    stages_per_rank,
+)
 from megatron_zebra.config.sections import Config, Rope
 
 OWNED_BY_US = {
@@ -12,6 +21,7 @@ OWNED_BY_US = {
     "gradient_clipping": "optimizer.clip_grad",
     "zero_optimization.stage": "optimizer.zero_stage",
     "zero_optimization.memory_efficient_linear": "the training loop",
+    "zero_optimization.offload_optimizer": "optimizer.offload",
     "bf16": "training.precision",
     "fp16": "training.precision",
     "data_types": "training.precision",
@@ -27,7 +37,17 @@ OWNED_BY_US = {
 
 def problems(config: Config, world_size: int) -> list[str]:
     """One line for each rule that is broken, naming the keys and what is allowed."""
-    return [*_model(config), *_data(config), *_batch(config, world_size), *_optimizer(config), *_deepspeed(config)]
+    return [
+        *_model(config),
+        *_data(config),
+        *_ranks(config, world_size),
+        *_tensor(config),
+        *_context(config),
+        *_pipeline(config),
+        *_batch(config, world_size),
+        *_optimizer(config),
+        *_deepspeed(config),
+    ]
 
 
 def warnings(config: Config) -> list[str]:
@@ -53,8 +73,8 @@ def _model(config: Config) -> Iterator[str]:
         yield (
             f"model.hidden_size = {model.hidden_size}: must be a multiple of model.num_heads = {model.num_heads} (or set model.head_dim)"
         )
-    elif (model.head_dim or model.hidden_size // model.num_heads) % 2:
-        yield f"model.head_dim = {model.head_dim or model.hidden_size // model.num_heads}: must be even (RoPE turns pairs)"
+    elif head_dim(model) % 2:
+        yield f"model.head_dim = {head_dim(model)}: must be even (RoPE turns pairs)"
     if model.num_kv_heads is not None and model.num_heads % model.num_kv_heads:
         yield f"model.num_kv_heads = {model.num_kv_heads}: must divide model.num_heads = {model.num_heads}"
     if model.layer_kinds is not None and len(model.layer_kinds) != model.num_layers:
@@ -91,31 +111,167 @@ def _data(config: Config) -> Iterator[str]:
         yield f"data.sequence_schedule: its {scheduled} steps must be fewer than training.steps = {training.steps}; the rest runs at data.sequence_length"
 
 
+def _ranks(config: Config, world_size: int) -> Iterator[str]:
+    parallel = config.parallel
+    size = ranks_per_replica(parallel)
+    if world_size % size:
+        yield (
+            f"parallel.tp x cp x pp = {parallel.tp} x {parallel.cp} x {parallel.pp} = {size}: must divide the {world_size} "
+            f"process{'es' if world_size > 1 else ''} (allowed: {_few(_divisors(world_size), size)}; or use {_multiples(world_size, size)} processes)"
+        )
+
+
+def _tensor(config: Config) -> Iterator[str]:
+    model, tp = config.model, config.parallel.tp
+    heads, kv, ffn = model.num_heads, kv_heads(model), ffn_width(model)
+
+    def allowed() -> str:
+        return _few([n for n in _divisors(heads) if ffn % n == 0 and (kv % n == 0 or n % kv == 0)], tp)
+
+    if heads % tp:
+        yield f"parallel.tp = {tp}: must divide model.num_heads = {heads} (allowed: {allowed()})"
+    elif kv % tp and tp % kv:
+        yield f"parallel.tp = {tp}: must divide model.num_kv_heads = {kv} or be a multiple of it (allowed: {allowed()})"
+    if ffn % tp:
+        yield f"parallel.tp = {tp}: must divide model.ffn_hidden_size = {ffn} (allowed: {allowed()})"
+
+
+def _context(config: Config) -> Iterator[str]:
+    model, parallel, data = config.model, config.parallel, config.data
+    lengths = [
+        *(
+            (f"data.sequence_schedule[{i}].sequence_length", p.sequence_length)
+            for i, p in enumerate(data.sequence_schedule)
+        ),
+        ("data.sequence_length", data.sequence_length),
+    ]
+    multiple = sequence_multiple(parallel)
+    for path, length in lengths:
+        if length % multiple:
+            order = f" (cp_order {parallel.cp_order})" if parallel.cp > 1 else ""
+            yield (
+                f"{path} = {length}: must be a multiple of {multiple} under parallel.cp = {parallel.cp}{order} "
+                f"and tp = {parallel.tp} (nearest: {_multiples(length, multiple)})"
+            )
+    held = max(1, kv_heads(model) // parallel.tp)
+    if held % parallel.cp_head_groups:
+        yield (
+            f"parallel.cp_head_groups = {parallel.cp_head_groups}: must divide the {held} KV head{'s' if held > 1 else ''} "
+            f"of a rank, model.num_kv_heads / parallel.tp (allowed: {_few(_divisors(held), parallel.cp_head_groups)})"
+        )
+    backend = BACKENDS.get(model.attention_backend)
+    if parallel.cp > 1 and backend is not None and not backend.fewer_queries:
+        able = ", ".join(["auto", *(b.name for b in BACKENDS.values() if b.fewer_queries)])
+        yield (
+            f"model.attention_backend = {backend.name}: cannot have fewer queries than keys, as parallel.cp = {parallel.cp} "
+            f"needs (allowed: {able})"
+        )
+
+
+_STAGES_PER_RANK = {"1f1b": "1", "interleaved": "2 or more", "zero_bubble": "2"}
+
+
+def _pipeline(config: Config) -> Iterator[str]:
+    model, parallel = config.model, config.parallel
+    given, schedule, pp = parallel.pp_stages_per_rank, parallel.pp_schedule, parallel.pp
+    if given is not None and not {"1f1b": given == 1, "interleaved": given > 1, "zero_bubble": given == 2}[schedule]:
+        yield (
+            f"parallel.pp_stages_per_rank = {given}: parallel.pp_schedule = {schedule} gives each rank "
+            f"{_STAGES_PER_RANK[schedule]} (allowed: {_STAGES_PER_RANK[schedule]})"
+        )
+        return
+    per_rank = stages_per_rank(parallel)
+    stages = pp * per_rank
+    if stages > model.num_layers:
+        yield (
+            f"parallel.pp = {pp}: its {stages} stages ({per_rank} a rank) are more than model.num_layers = {model.num_layers} "
+            f"(allowed: {_at_most(model.num_layers // per_rank)})"
+        )
+    elif parallel.pp_layers is not None:
+        layers = parallel.pp_layers
+        if len(layers) != stages:
+            yield f"parallel.pp_layers: has {len(layers)} stages, must have parallel.pp x stages a rank = {pp} x {per_rank} = {stages}"
+        elif min(layers) < 1:
+            yield f"parallel.pp_layers[{layers.index(0)}] = 0: must be at least 1"
+        elif sum(layers) != model.num_layers:
+            yield f"parallel.pp_layers = {layers}: must add up to model.num_layers = {model.num_layers}, not {sum(layers)}"
+    if pp > 1 and config.optimizer.zero_stage != 1:
+        yield (
+            f"optimizer.zero_stage = {config.optimizer.zero_stage}: must be 1 with parallel.pp = {pp} "
+            "(allowed: 1 with any pp; 0, 1, 2, 3 with pp = 1)"
+        )
+
+
 def _batch(config: Config, world_size: int) -> Iterator[str]:
     parallel, training = config.parallel, config.training
-    for name in ("tp", "cp", "pp"):
-        if getattr(parallel, name) != 1:
-            yield f"parallel.{name} = {getattr(parallel, name)}: this version divides work by data parallelism only (allowed: 1)"
-            return
-    micro = training.micro_batch_size
     sizes = [
-        (f"training.batch_ramp[{i}].global_batch_size", phase.global_batch_size)
-        for i, phase in enumerate(training.batch_ramp)
+        *(
+            (f"training.batch_ramp[{i}].global_batch_size", p.global_batch_size)
+            for i, p in enumerate(training.batch_ramp)
+        ),
+        ("training.global_batch_size", training.global_batch_size),
     ]
-    for path, size in [*sizes, ("training.global_batch_size", training.global_batch_size)]:
-        if size < world_size * micro:
-            yield (
-                f"{path} = {size}: feeds at most {size // micro} processes of training.micro_batch_size = {micro} rows, not {world_size} "
-                f"(use fewer processes, or at least {world_size * micro})"
-            )
-        elif size % (world_size * micro):
-            yield f"{path} = {size}: must be a multiple of micro_batch_size x data-parallel ranks = {micro} x {world_size} = {micro * world_size}"
+    # Which of them are possible depends on dp, which an impossible layout leaves open.
+    if world_size % ranks_per_replica(parallel) == 0:
+        dp, micro = world_size // ranks_per_replica(parallel), training.micro_batch_size
+        for path, size in sizes:
+            if size < dp * micro:
+                yield (
+                    f"{path} = {size}: feeds at most {size // micro} data-parallel ranks of training.micro_batch_size = {micro} rows, not {dp} "
+                    f"(use fewer processes, or at least {dp * micro})"
+                )
+            elif size % (dp * micro):
+                yield f"{path} = {size}: must be a multiple of micro_batch_size x data-parallel ranks = {micro} x {dp} = {micro * dp}"
+            elif parallel.pp > 1:
+                yield from _micro_batches(config, path, size // (dp * micro), dp * micro)
     if training.profile_steps and training.profile_steps[0] > training.profile_steps[1]:
         yield f"training.profile_steps = {training.profile_steps}: the first must not be after the last"
 
 
+def _micro_batches(config: Config, path: str, count: int, rows: int) -> Iterator[str]:
+    """What torch's schedules ask of ``count``, the micro-batches of a step, each of ``rows`` over all ranks."""
+    pp = config.parallel.pp
+    given = f"{path} = {count * rows}: gives {count} micro-batch{'es' if count > 1 else ''}"
+    if config.parallel.pp_schedule == "1f1b" and count < pp:
+        yield f"{given}; parallel.pp = {pp} needs at least {pp} (allowed: {rows * pp} and more)"
+    if config.parallel.pp_schedule == "interleaved" and count % _rounds(count, pp):
+        below = next(n for n in range(count, 0, -1) if n % _rounds(n, pp) == 0)
+        above = next(n for n in range(count, 2 * count + pp) if n % _rounds(n, pp) == 0)
+        yield (
+            f"{given}; pp_schedule = interleaved over parallel.pp = {pp} runs them in {_rounds(count, pp)} equal rounds "
+            f"(nearest: {rows * below} or {rows * above})"
+        )
+
+
+def _rounds(micro_batches: int, pp: int) -> int:
+    """As ScheduleInterleaved1F1B counts them."""
+    return max(1, micro_batches // pp)
+
+
+def _divisors(n: int) -> list[int]:
+    small = [i for i in range(1, int(n**0.5) + 1) if n % i == 0]
+    return sorted({*small, *(n // i for i in small)})
+
+
+def _few(values: Sequence[int], wanted: int) -> str:
+    """At most eight of ``values``, those nearest to what was wanted."""
+    return ", ".join(map(str, sorted(sorted(values, key=lambda value: (abs(value - wanted), value))[:8])))
+
+
+def _multiples(n: int, of: int) -> str:
+    """The multiples of ``of`` nearest to ``n``."""
+    below = n // of * of
+    return f"{below} or {below + of}" if below else f"{of}"
+
+
+def _at_most(n: int) -> str:
+    return f"1 to {n}" if n > 1 else "1"
+
+
 def _optimizer(config: Config) -> Iterator[str]:
     optimizer = config.optimizer
+    if optimizer.offload and optimizer.zero_stage == 0:
+        yield "optimizer.offload = true: needs optimizer.zero_stage = 1, 2 or 3, not 0"
     if optimizer.min_learning_rate > optimizer.learning_rate:
         yield f"optimizer.min_learning_rate = {optimizer.min_learning_rate}: must not be above optimizer.learning_rate = {optimizer.learning_rate}"
     if (

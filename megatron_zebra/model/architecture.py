@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_zebra.config.derived import ffn_width, head_dim, kv_heads
 from megatron_zebra.config.sections import Model, Rope
 from megatron_zebra.model.pattern import LayerKind, layer_kinds
 
@@ -82,9 +83,9 @@ def resolve(model: Model, vocab_size: int, sequence_length: int) -> Architecture
     return Architecture(
         hidden_size=model.hidden_size,
         num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads or model.num_heads,
-        head_dim=model.head_dim or model.hidden_size // model.num_heads,
-        ffn_hidden_size=model.ffn_hidden_size or (model.hidden_size * 8 // 3 + 63) // 64 * 64,
+        num_kv_heads=kv_heads(model),
+        head_dim=head_dim(model),
+        ffn_hidden_size=ffn_width(model),
         vocab_size=model.vocab_size or vocab_size,
         layer_kinds=tuple(model.layer_kinds)
         if model.layer_kinds

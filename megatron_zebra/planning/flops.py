@@ -52,8 +52,25 @@ def train_flops(arch: Architecture, lengths: Lengths) -> Flops:
 
 def recompute_flops(arch: Architecture, lengths: Lengths, recompute: str) -> int:
     """What ``training.recompute`` computes a second time: hardware FLOPs = train_flops(...).total + this."""
-    forward = forward_flops(arch, lengths)
+    return recomputed(forward_flops(arch, lengths), recompute)
+
+
+def recomputed(forward: Flops, recompute: str) -> int:
+    """What ``training.recompute`` computes a second time of a forward pass, of the model or of a part of it."""
     return {"none": 0, "attention": forward.attention, "full": forward.blocks + forward.attention}[recompute]
+
+
+def layer_flops(arch: Architecture, lengths: Lengths) -> list[Flops]:
+    """One forward pass of each layer over packed documents of ``lengths`` tokens; with ``head_flops`` all of the model."""
+    blocks = 2 * matrix_parameters(arch)[0] // arch.num_layers * int(np.sum(lengths, dtype=np.int64))
+    pairs = {window: allowed_pairs(lengths, None, window) for window in _windows(arch)}
+    per_pair = 4 * arch.num_heads * arch.head_dim
+    return [Flops(blocks, 0, per_pair * pairs[arch.window(layer)]) for layer in range(arch.num_layers)]
+
+
+def head_flops(arch: Architecture, tokens: int) -> Flops:
+    """One forward pass of the head. The embedding is a lookup: no operation in this convention."""
+    return Flops(0, 2 * matrix_parameters(arch)[1] * tokens, 0)
 
 
 def attention_pairs(arch: Architecture, lengths: Lengths) -> int:

@@ -1,10 +1,12 @@
 """Every mistake that the configuration can see is one line: the key as it is written, the value, what is allowed."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_zebra.attention.registry import BACKENDS
 from megatron_zebra.config import check
 from megatron_zebra.config.load import load_config, parse_words
 from megatron_zebra.errors import UserError
@@ -87,9 +89,136 @@ BETWEEN = [
     ({"model.vocab_size": None}, 1, ["model.vocab_size = null"]),
     ({"data.split": [0.0, 1.0, 0.0]}, 1, ["data.split = [0.0, 1.0, 0.0]"]),
     ({"training.global_batch_size": 7}, 2, ["training.global_batch_size = 7", "multiple"]),
-    ({"training.global_batch_size": 2}, 4, ["training.global_batch_size = 2", "feeds at most 2 processes", "not 4"]),
+    (
+        {"training.global_batch_size": 2},
+        4,
+        ["training.global_batch_size = 2", "feeds at most 2 data-parallel ranks", "not 4"],
+    ),
     ({"training.micro_batch_size": 3}, 1, ["training.global_batch_size = 8", "3"]),
-    ({"parallel.tp": 2}, 2, ["parallel.tp = 2"]),
+    (
+        {"parallel.tp": 2, "parallel.cp": 3, "data.sequence_length": 1536},
+        8,
+        ["parallel.tp x cp x pp = 2 x 3 x 1 = 6", "8 processes", "1, 2, 4, 8", "6 or 12"],
+    ),
+    ({"parallel.pp": 2}, 1, ["parallel.tp x cp x pp = 1 x 1 x 2 = 2", "the 1 process ", "2 processes"]),
+    (
+        {"parallel.tp": 3, "model.ffn_hidden_size": 96, "data.sequence_length": 1536},
+        3,
+        ["parallel.tp = 3", "model.num_heads = 8", "allowed: 1, 2, 4, 8)"],
+    ),
+    (
+        {
+            "parallel.tp": 4,
+            "model.num_heads": 12,
+            "model.num_kv_heads": 6,
+            "model.hidden_size": 48,
+            "model.ffn_hidden_size": 96,
+        },
+        4,
+        ["parallel.tp = 4", "model.num_kv_heads = 6", "allowed: 1, 2, 3, 6, 12)"],
+    ),
+    (
+        {"parallel.tp": 4, "model.ffn_hidden_size": 98},
+        4,
+        ["parallel.tp = 4", "model.ffn_hidden_size = 98", "allowed: 1, 2)"],
+    ),
+    (
+        {
+            "parallel.tp": 4,
+            "model.num_heads": 4,
+            "model.ffn_hidden_size": None,
+            "model.hidden_size": 24,
+            "parallel.cp_head_groups": 2,
+        },
+        4,
+        ["parallel.cp_head_groups = 2", "1 KV head ", "allowed: 1)"],
+    ),
+    (
+        {"parallel.cp": 3, "training.global_batch_size": 8},
+        3,
+        ["data.sequence_length = 2048", "multiple of 6", "2046 or 2052"],
+    ),
+    (
+        {"parallel.cp": 3, "parallel.cp_order": "contiguous"},
+        3,
+        ["data.sequence_length = 2048", "multiple of 3", "2046 or 2049"],
+    ),
+    (
+        {"parallel.cp": 2, "parallel.tp": 4, "data.sequence_length": 20},
+        8,
+        ["data.sequence_length = 20", "multiple of 8", "tp = 4", "16 or 24"],
+    ),
+    (
+        {"parallel.tp": 2, "data.sequence_schedule": [{"steps": 5, "sequence_length": 3}]},
+        2,
+        ["data.sequence_schedule[0].sequence_length = 3", "2 or 4"],
+    ),
+    ({"parallel.cp_head_groups": 3}, 1, ["parallel.cp_head_groups = 3", "8 KV heads", "allowed: 1, 2, 4, 8)"]),
+    (
+        {"parallel.pp": 9, "training.global_batch_size": 9},
+        9,
+        ["parallel.pp = 9", "9 stages", "model.num_layers = 8", "1 to 8"],
+    ),
+    (
+        {"parallel.pp": 5, "parallel.pp_schedule": "interleaved"},
+        5,
+        ["parallel.pp = 5", "10 stages (2 a rank)", "1 to 4"],
+    ),
+    ({"parallel.pp": 2, "parallel.pp_layers": [8]}, 2, ["parallel.pp_layers", "1 stages", "2 x 1 = 2"]),
+    ({"parallel.pp": 2, "parallel.pp_layers": [8, 0]}, 2, ["parallel.pp_layers[1] = 0", "at least 1"]),
+    (
+        {"parallel.pp": 2, "parallel.pp_layers": [4, 5]},
+        2,
+        ["parallel.pp_layers = [4, 5]", "model.num_layers = 8", "not 9"],
+    ),
+    (
+        {"parallel.pp": 2, "parallel.pp_stages_per_rank": 2},
+        2,
+        ["parallel.pp_stages_per_rank = 2", "1f1b", "allowed: 1)"],
+    ),
+    (
+        {"parallel.pp_stages_per_rank": 1, "parallel.pp_schedule": "interleaved"},
+        1,
+        ["parallel.pp_stages_per_rank = 1", "interleaved", "2 or more"],
+    ),
+    (
+        {"parallel.pp_stages_per_rank": 3, "parallel.pp_schedule": "zero_bubble"},
+        1,
+        ["parallel.pp_stages_per_rank = 3", "zero_bubble", "allowed: 2)"],
+    ),
+    *[
+        (
+            {"parallel.pp": 2, "optimizer.zero_stage": stage},
+            2,
+            [f"optimizer.zero_stage = {stage}", "parallel.pp = 2", "1 with any pp; 0, 1, 2, 3 with pp = 1"],
+        )
+        for stage in (0, 2, 3)
+    ],
+    (
+        {"parallel.pp": 4},
+        16,
+        ["training.global_batch_size = 8", "2 micro-batches", "parallel.pp = 4", "allowed: 16 and more"],
+    ),
+    (
+        {"parallel.pp": 2, "training.batch_ramp": [{"steps": 5, "global_batch_size": 1}]},
+        2,
+        ["training.batch_ramp[0].global_batch_size = 1", "1 micro-batch;", "allowed: 2 and more"],
+    ),
+    (
+        {"parallel.pp": 2, "parallel.pp_schedule": "interleaved", "training.global_batch_size": 14},
+        4,
+        ["training.global_batch_size = 14", "7 micro-batches", "3 equal rounds", "nearest: 12 or 16"],
+    ),
+    (
+        {"optimizer.offload": True, "optimizer.zero_stage": 0},
+        1,
+        ["optimizer.offload = true", "optimizer.zero_stage = 1, 2 or 3"],
+    ),
+    (
+        {"deepspeed.zero_optimization.offload_optimizer": {"device": "cpu"}},
+        1,
+        ["deepspeed.zero_optimization.offload_optimizer", "optimizer.offload"],
+    ),
     ({"optimizer.min_learning_rate": 1.0}, 1, ["optimizer.min_learning_rate = 1.0", "optimizer.learning_rate"]),
     ({"deepspeed.zero_optimization.stage": 2}, 1, ["deepspeed.zero_optimization.stage", "optimizer.zero_stage"]),
     ({"deepspeed.gradient_clipping": 2}, 1, ["deepspeed.gradient_clipping", "optimizer.clip_grad"]),
@@ -103,6 +232,33 @@ def test_a_rule_between_keys(overrides: dict[str, Any], world_size: int, names: 
     assert len(lines) == 1
     for name in names:
         assert name in lines[0]
+
+
+def test_context_parallelism_refuses_a_backend_without_fewer_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    able = complaints({"parallel.cp": 2, "model.attention_backend": "cpu"}, 2)
+    unable = dataclasses.replace(BACKENDS["cpu"], fewer_queries=False)
+    monkeypatch.setitem(BACKENDS, "cpu", unable)
+    (line,) = complaints({"parallel.cp": 2, "model.attention_backend": "cpu"}, 2)
+    assert able == complaints({"model.attention_backend": "cpu"}) == []
+    for says in ("model.attention_backend = cpu", "parallel.cp = 2", "auto, flash, torch, reference"):
+        assert says in line
+
+
+DEBUG = Path(__file__).parents[2] / "launch" / "recipes" / "debug.yaml"
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]
+
+
+@pytest.mark.parametrize(("tp", "cp", "pp"), LAYOUTS)
+def test_debug_yaml_goes_with_every_layout_of_eight(tp: int, cp: int, pp: int) -> None:
+    layout = {"parallel.tp": tp, "parallel.cp": cp, "parallel.pp": pp}
+    for world_size in (tp * cp * pp, 8):
+        assert check.problems(load_config(DEBUG, layout), world_size) == []
+
+
+def test_debug_yaml_goes_with_odd_numbers_under_three_ranks() -> None:
+    odd = {"model.num_layers": 6, "model.layer_group_size": 3, "model.window_size": 37, "data.sequence_length": 384}
+    for parallel in ({"parallel.cp": 3}, {"parallel.pp": 3}, {"parallel.cp": 3, "parallel.cp_order": "contiguous"}):
+        assert check.problems(load_config(DEBUG, odd | parallel), 3) == []
 
 
 def test_several_mistakes_are_several_lines() -> None:
