@@ -57,6 +57,7 @@ def perplexity(arguments: argparse.Namespace) -> None:
     from megatron_zebra.evaluation.load import load_model
     from megatron_zebra.evaluation.loss import evaluate
     from megatron_zebra.parallel.process import WorldCollective, world
+    from megatron_zebra.pipeline.runner import WholeModel
     from megatron_zebra.training.state import locate
 
     names = [Path(prefix).name for prefix in arguments.data]
@@ -77,7 +78,7 @@ def perplexity(arguments: argparse.Namespace) -> None:
             with tqdm(
                 total=-(-len(rows) // grid.dp_size), desc=name, unit="row", disable=None if grid.is_main else True
             ) as bar:
-                result = evaluate(model, rows, 1, grid, bar.update)
+                result = evaluate(WholeModel(model), rows, 1, grid, None, bar.update)
             sets[name] = {
                 "loss": result.loss,
                 "perplexity": math.exp(min(result.loss, 700.0)),

@@ -4,7 +4,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from megatron_zebra.attention.segments import Segments
 from megatron_zebra.data.rows import IGNORE, Row, RowReader
 from megatron_zebra.errors import UserError
+from megatron_zebra.parallel.context.shard import ContextParallel, ContextShard
 
 
 @dataclass(frozen=True)
@@ -36,26 +37,40 @@ class MicroBatch:
         """b."""
         return self.sources.size
 
+    def here(self, device: torch.device | str, context: ContextParallel | None = None) -> "LocalBatch":
+        """What this rank computes of it, on its device."""
+        segments: Segments | ContextShard
+        tensors: tuple[torch.Tensor, ...] = (self.tokens, self.positions, self.labels)
+        if context is None or context.group.size == 1:
+            segments = Segments.from_cu_seqlens(self.cu_seqlens, device=device)
+        else:
+            segments = ContextShard(self.cu_seqlens, self.rows, self.sequence_length, context, device)
+            index = torch.from_numpy(segments.local_index)
+            tensors = tuple(tensor[index] for tensor in tensors)
+        targets = int((tensors[2] != IGNORE).sum())  # here, where no device is waited for
+        tokens, positions, labels = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return LocalBatch(tokens, positions, segments, labels, self.sources, targets)
+
+
+@dataclass(frozen=True)
+class LocalBatch:
+    """One context-parallel rank's tokens of a micro-batch (all of them without context parallelism), on its device.
+
+    tokens, positions, labels: int64 [T]; each of the rows has T / rows of them, in order. ``targets``: how many labels
+    are targets. ``sources`` as in MicroBatch.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    segments: Segments | ContextShard
+    labels: torch.Tensor
+    sources: npt.NDArray[np.int64]
+    targets: int
+
     @property
-    def targets(self) -> int:
-        """Number of positions that have a target."""
-        return int((self.labels != IGNORE).sum())
-
-    def token_sources(self) -> torch.Tensor:
-        """The source of each token: int64 [b·S], on the tokens' device."""
-        return torch.from_numpy(np.repeat(self.sources, self.sequence_length)).to(self.tokens.device)
-
-    def inputs(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, Segments, torch.Tensor]:
-        """What the decoder takes, on a device: tokens, positions, segments, labels."""
-        here = self.to(device)
-        return here.tokens, here.positions, Segments.from_cu_seqlens(self.cu_seqlens, device=device), here.labels
-
-    def to(self, device: torch.device | str) -> "MicroBatch":
-        """The same with the tensors on a device; what the host needs stays there."""
-        tokens, labels, positions = (
-            tensor.to(device, non_blocking=True) for tensor in (self.tokens, self.labels, self.positions)
-        )
-        return replace(self, tokens=tokens, labels=labels, positions=positions)
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, Segments | ContextShard, torch.Tensor]:
+        """What the decoder takes."""
+        return self.tokens, self.positions, self.segments, self.labels
 
 
 @dataclass(frozen=True)

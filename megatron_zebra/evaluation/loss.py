@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_zebra.data.batch import MicroBatch, collate
+from megatron_zebra.data.batch import LocalBatch, collate
 from megatron_zebra.data.rows import OnePass
-from megatron_zebra.model.decoder import Loss
+from megatron_zebra.parallel.context.shard import ContextParallel
 from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.parallel.process import sum_over
+from megatron_zebra.pipeline.runner import Runner
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,11 @@ def position_edges(sequence_length: int) -> list[int]:
 
 @torch.no_grad()
 def evaluate(
-    forward: Callable[..., Loss],
+    runner: Runner,
     rows: OnePass,
     micro_batch_size: int,
     grid: Grid,
+    context: ContextParallel | None,
     progress: Callable[[int], object] = lambda rows: None,
 ) -> Evaluated:
     """Every row once, shared out over the ranks; all ranks run equally many forwards and get the same result.
@@ -58,21 +60,27 @@ def evaluate(
     bounds = torch.tensor(edges[1:-1], device=grid.device)
     losses = torch.zeros(len(edges) - 1, dtype=torch.float64, device=grid.device)
     counts = torch.zeros_like(losses)
-    step = micro_batch_size * grid.dp_size
+    at_once = runner.evaluated_at_once
+    step = micro_batch_size * at_once * grid.dp_size
     for first in range(0, len(rows), step):
-        # Rows past the end are padding without a target: under ZeRO-3 every rank must take part in every forward.
-        batch = collate([rows.read(row) for row in range(first + grid.dp_rank, first + step, grid.dp_size)])
-        loss = forward(*batch.inputs(grid.device))
-        _add_by_position(losses, counts, bounds, batch, loss.tokens)
-        progress(batch.rows)
+        # Rows past the end are padding without a target: every rank must take part in every forward.
+        own = [rows.read(row) for row in range(first + grid.dp_rank, first + step, grid.dp_size)]
+        batches = [
+            collate(own[i : i + micro_batch_size]).here(grid.device, context)
+            for i in range(0, len(own), micro_batch_size)
+        ]
+        for batch, token_losses in zip(batches, runner.evaluate(batches)):
+            if token_losses is not None and grid.tp.rank == 0:  # the others have the same
+                _add_by_position(losses, counts, bounds, batch, token_losses)
+        progress(len(own))
     totals = sum_over([*losses.tolist(), *counts.tolist()], grid.device)
     bin_losses, bin_targets = totals[: len(losses)], [int(n) for n in totals[len(losses) :]]
     return Evaluated(float(np.sum(bin_losses)), sum(bin_targets), edges, bin_losses, bin_targets)
 
 
 def _add_by_position(
-    losses: torch.Tensor, counts: torch.Tensor, bounds: torch.Tensor, batch: MicroBatch, token_losses: torch.Tensor
+    losses: torch.Tensor, counts: torch.Tensor, bounds: torch.Tensor, batch: LocalBatch, token_losses: torch.Tensor
 ) -> None:
-    bins = torch.bucketize(batch.positions.to(bounds.device), bounds, right=True)
+    bins = torch.bucketize(batch.positions, bounds, right=True)
     losses.index_add_(0, bins, token_losses.double())
-    counts.index_add_(0, bins, (batch.labels.to(bounds.device) != -100).double())
+    counts.index_add_(0, bins, (batch.labels != -100).double())

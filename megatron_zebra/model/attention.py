@@ -4,31 +4,40 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_zebra.attention.contract import Segments, attention
+from megatron_zebra.attention.contract import Segments
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.initialize import Initializer
-from megatron_zebra.model.layers import Linear, RMSNorm
+from megatron_zebra.model.layers import KVLinear, Linear, RMSNorm
 from megatron_zebra.model.rope import rotate
+from megatron_zebra.parallel.context.attend import attend
+from megatron_zebra.parallel.context.shard import ContextShard
+from megatron_zebra.parallel.tensor import gather_sequence, scatter_sum
 
 
 class Attention(nn.Module):
-    """Causal attention of layer ``layer`` over x [T, hidden_size], documents apart by ``segments``."""
+    """Causal attention of layer ``layer`` over x [T / tp, hidden_size], documents apart by ``segments``.
+
+    Each tensor-parallel rank computes its own heads over all T tokens.
+    """
 
     def __init__(
         self, name: str, arch: Architecture, layer: int, init: Initializer, backend: str, recompute: bool
     ) -> None:
         super().__init__()
         self.head_dim, self.window = arch.head_dim, arch.window(layer)
-        self.backend, self.recompute = backend, recompute
-        q, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-        self.q_proj = Linear(f"{name}.q_proj", arch.hidden_size, q, init, arch.qkv_bias)
-        self.k_proj = Linear(f"{name}.k_proj", arch.hidden_size, kv, init, arch.qkv_bias)
-        self.v_proj = Linear(f"{name}.v_proj", arch.hidden_size, kv, init, arch.qkv_bias)
-        self.o_proj = Linear(f"{name}.o_proj", q, arch.hidden_size, init)
-        self.q_norm = RMSNorm(arch.head_dim, arch.norm_eps, init) if arch.qk_norm else None
-        self.k_norm = RMSNorm(arch.head_dim, arch.norm_eps, init) if arch.qk_norm else None
+        self.backend, self.recompute, self.tp = backend, recompute, init.tp
+        hidden, heads, kv_heads, dim = arch.hidden_size, arch.num_heads, arch.num_kv_heads, arch.head_dim
+        self.q_proj = Linear(f"{name}.q_proj", hidden, heads * dim, init, arch.qkv_bias)
+        self.k_proj = KVLinear(f"{name}.k_proj", hidden, kv_heads, dim, init, arch.qkv_bias)
+        self.v_proj = KVLinear(f"{name}.v_proj", hidden, kv_heads, dim, init, arch.qkv_bias)
+        self.o_proj = Linear(f"{name}.o_proj", heads * dim, hidden, init)
+        self.q_norm = RMSNorm(f"{name}.q_norm", dim, arch.norm_eps, init) if arch.qk_norm else None
+        self.k_norm = RMSNorm(f"{name}.k_norm", dim, arch.norm_eps, init) if arch.qk_norm else None
 
-    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], segments: Segments) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], segments: Segments | ContextShard
+    ) -> torch.Tensor:
+        x = gather_sequence(x, self.tp)
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -36,7 +45,7 @@ class Attention(nn.Module):
             out = checkpoint(self._core, q, k, v, rope, segments, use_reentrant=False, preserve_rng_state=False)
         else:
             out = self._core(q, k, v, rope, segments)
-        return self.o_proj(out.flatten(1))
+        return scatter_sum(self.o_proj(out.flatten(1)), self.tp)
 
     def _core(
         self,
@@ -44,10 +53,10 @@ class Attention(nn.Module):
         k: torch.Tensor,
         v: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
-        segments: Segments,
+        segments: Segments | ContextShard,
     ) -> torch.Tensor:
         q, k = rotate(q, *rope), rotate(k, *rope)
-        return attention(
+        return attend(
             q,
             k,
             v,

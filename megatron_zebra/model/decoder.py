@@ -1,6 +1,6 @@
-"""The whole model: embedding, layers by global number, norm, and a head that gives the loss or the logits."""
+"""The model, or the part of it that a pipeline stage holds: embedding, layers by global number, norm, head."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ from megatron_zebra.model.layers import Embedding, RMSNorm
 from megatron_zebra.model.loss import token_loss
 from megatron_zebra.model.pattern import LayerKind
 from megatron_zebra.model.rope import inverse_frequencies, phases
+from megatron_zebra.parallel.context.shard import ContextShard
+from megatron_zebra.parallel.tensor import gather_sequence
 
 
 class Loss(NamedTuple):
@@ -25,32 +27,42 @@ class Loss(NamedTuple):
 
 
 class Head(nn.Module):
-    """Reads its weight inside forward, where ZeRO-3 has it gathered."""
+    """x [T / tp, hidden_size] to a Loss or logits. Reads its weight inside forward, where ZeRO-3 has it gathered."""
 
-    def __init__(self, weight: nn.Parameter, loss_chunk_size: int) -> None:
+    def __init__(self, weight: nn.Parameter, arch: Architecture, init: Initializer, loss_chunk_size: int) -> None:
         super().__init__()
         self.weight = weight
-        self.loss_chunk_size = loss_chunk_size
+        self.box = init.sharding.box("head.weight", (arch.vocab_size, arch.hidden_size))
+        self.vocab_size, self.tp, self.loss_chunk_size = arch.vocab_size, init.tp, loss_chunk_size
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | Loss:
+        x = gather_sequence(x, self.tp)
         if labels is None:
-            return nn.functional.linear(x, self.weight)
-        return Loss(*token_loss(x, self.weight, labels, self.loss_chunk_size))
+            logits = nn.functional.linear(x, self.weight)
+            return self.tp.all_gather(logits.t()).t()[:, : self.vocab_size]
+        weight = self.weight[: self.box.shape[0]]  # without the padding, which so can neither win nor count
+        return Loss(*token_loss(x, weight, labels, self.loss_chunk_size, self.box.offsets[0], self.tp))
 
 
 class Decoder(nn.Module):
-    """Tokens [T] of one micro-batch, its rows end to end, to a Loss (with labels [T]) or logits [T, vocab_size]."""
+    """Tokens [T] of one micro-batch, its rows end to end, to a Loss (with labels [T]) or logits [T, vocab_size].
+
+    A pipeline stage holds ``layers`` (all by default), the first one the embedding too, the last one the head. A stage
+    that is not the first takes ``hidden`` [T / tp, hidden_size] of the stage before; one that is not the last returns it.
+    """
 
     def __init__(
         self,
         arch: Architecture,
         init: Initializer,
         *,
+        layers: range | None = None,
         backend: str = "auto",
         recompute: str = "none",
         loss_chunk_size: int = 1024,
     ) -> None:
         super().__init__()
+        held = range(arch.num_layers) if layers is None else layers
         backend = resolve_backend(backend, init.device.type, init.dtype)
         self.recompute_block = recompute == "full"
         # Plain tensors, not buffers: a cast of the module to bf16 must not round them.
@@ -59,10 +71,13 @@ class Decoder(nn.Module):
             frequencies, factor = inverse_frequencies(rope, arch.head_dim)
             self.rope[kind] = (frequencies.to(init.device), factor)
         self.same_rope = arch.rope["global"] == arch.rope["local"]
-        self.embedding = Embedding("embedding", arch.vocab_size, arch.hidden_size, init)
+        self.embedding = Embedding("embedding", arch.vocab_size, arch.hidden_size, init) if held.start == 0 else None
+        if self.embedding is not None and arch.tie_embeddings and held.stop < arch.num_layers:
+            weight: Any = self.embedding.weight
+            weight.tied_over_stages = True
         self.layers = nn.ModuleDict()  # by global layer number
         self.kinds = arch.layer_kinds
-        for i in range(arch.num_layers):
+        for i in held:
             check_backend(
                 backend,
                 device_type=init.device.type,
@@ -74,26 +89,42 @@ class Decoder(nn.Module):
                 layer=f"layer {i} ({arch.layer_kinds[i]})",
             )
             self.layers[str(i)] = Block(arch, i, init, backend, recompute == "attention")
-        self.norm = RMSNorm(arch.hidden_size, arch.norm_eps, init)
-        weight = (
-            self.embedding.weight
-            if arch.tie_embeddings
-            else init.normal("head.weight", arch.vocab_size, arch.hidden_size)
-        )
-        self.head = Head(weight, loss_chunk_size)
+        self.norm: RMSNorm | None = None
+        self.head: Head | None = None
+        if held.stop == arch.num_layers:
+            self.norm = RMSNorm("norm", arch.hidden_size, arch.norm_eps, init)
+            self.head = Head(self._head_weight(arch, init), arch, init, loss_chunk_size)
 
     def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, segments: Segments, labels: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        segments: Segments | ContextShard,
+        labels: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
     ) -> torch.Tensor | Loss:
         rope = self._phases(positions)
-        x = self.embedding(tokens)
+        x: Any = self.embedding(tokens) if self.embedding is not None else hidden
         for number, layer in self.layers.items():
             phase = rope[self.kinds[int(number)]]
             if self.recompute_block and torch.is_grad_enabled():
                 x = checkpoint(layer, x, phase, segments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, phase, segments)
+        if self.norm is None or self.head is None:
+            return x
         return self.head(self.norm(x), labels)
+
+    def _head_weight(self, arch: Architecture, init: Initializer) -> nn.Parameter:
+        """A tied head shares the embedding's parameter; where that is on another stage, it holds a copy of it."""
+        if not arch.tie_embeddings:
+            return init.normal("head.weight", arch.vocab_size, arch.hidden_size)
+        if self.embedding is not None:
+            return self.embedding.weight
+        copy: Any = init.normal("embedding.weight", arch.vocab_size, arch.hidden_size)
+        copy.ds_pipe_replicated = True  # counted once in the gradient's norm
+        copy.tied_over_stages = True
+        return copy
 
     def _phases(self, positions: torch.Tensor) -> dict[LayerKind, tuple[torch.Tensor, torch.Tensor]]:
         """cos and sin of both kinds of layer, made once for all layers."""

@@ -1,20 +1,31 @@
 """Initial weights, each from a seed of its own name, so that they do not depend on how the model is divided."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+
+from megatron_zebra.parallel.group import Group
+from megatron_zebra.parallel.sharding import Sharding
 
 
 @dataclass(frozen=True)
 class Initializer:
-    """Makes parameters: normal(0, std), std / sqrt(2 num_layers) for projections into the residual stream, ones for norms."""
+    """Makes parameters: normal(0, std), std / sqrt(2 num_layers) for projections into the residual stream, ones for norms.
+
+    Names and shapes are those of the whole parameter; what comes is the part of it that ``sharding`` gives this rank of
+    ``tp``. It carries what the optimizer and checkpoints must know: ``full_name``, ``full_shape``, ``box`` (which part),
+    and ``tensor_model_parallel`` (whether other ranks hold other parts: DeepSpeed's norm asks for it).
+    """
 
     seed: int
     std: float
     num_layers: int
     dtype: torch.dtype
     device: torch.device
+    tp: Group = field(default_factory=lambda: Group.alone("tp"))
+    sharding: Sharding = field(default_factory=Sharding)
 
     def normal(self, name: str, *shape: int) -> torch.nn.Parameter:
         generator = torch.Generator().manual_seed(named_seed(self.seed, name))
@@ -23,16 +34,24 @@ class Initializer:
             if name.endswith(("o_proj.weight", "down_proj.weight"))
             else self.std
         )
-        return self._parameter(torch.empty(shape).normal_(0.0, std, generator=generator))
+        return self._parameter(name, torch.empty(shape).normal_(0.0, std, generator=generator))
 
-    def zeros(self, *shape: int) -> torch.nn.Parameter:
-        return self._parameter(torch.zeros(shape))
+    def zeros(self, name: str, *shape: int) -> torch.nn.Parameter:
+        return self._parameter(name, torch.zeros(shape))
 
-    def ones(self, *shape: int) -> torch.nn.Parameter:
-        return self._parameter(torch.ones(shape))
+    def ones(self, name: str, *shape: int) -> torch.nn.Parameter:
+        return self._parameter(name, torch.ones(shape))
 
-    def _parameter(self, value: torch.Tensor) -> torch.nn.Parameter:
-        return torch.nn.Parameter(value.to(self.device, self.dtype))
+    def _parameter(self, name: str, whole: torch.Tensor) -> torch.nn.Parameter:
+        box = self.sharding.box(name, tuple(whole.shape))
+        own = whole
+        if box.padded != whole.shape:
+            own = torch.zeros(box.padded)  # padding stays zero: it has no gradient
+            own[tuple(map(slice, box.shape))] = whole[tuple(slice(o, o + n) for o, n in zip(box.offsets, box.shape))]
+        param: Any = torch.nn.Parameter(own.to(self.device, self.dtype))
+        param.full_name, param.full_shape, param.box = name, tuple(whole.shape), box
+        param.tensor_model_parallel = self.sharding.dimension(name) is not None
+        return param
 
 
 def named_seed(seed: int, name: str) -> int:

@@ -3,30 +3,39 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+
+from megatron_zebra.parallel.group import Group
 
 IGNORE = -100
 
 
 def token_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_size: int
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    chunk_size: int,
+    first: int = 0,
+    tp: Group | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log-likelihood of ``labels`` under ``softmax(hidden weight^T)``.
+    """Negative log-likelihood of ``labels`` under ``softmax(hidden weight^T)``, the vocabulary divided over ``tp``.
 
     Args:
         hidden: [T, h].
-        weight: [V, h].
+        weight: [V, h], or this rank's rows ``first``, ``first + 1``, ... of it.
         labels: [T] int64, IGNORE where there is no target.
-        chunk_size: tokens whose logits [chunk, V] exist at once, in fp32.
+        chunk_size: tokens whose logits [chunk, rows] exist at once, in fp32.
 
     Returns:
         The sum over valid targets (fp32, differentiable), and each token's loss [T] (fp32, 0 where ignored, detached).
+        Both are the same on all ranks; the gradient of ``hidden`` is each rank's part of a sum.
     """
+    tp = tp or Group.alone("tp")
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _ChunkedLoss.apply(hidden, weight, labels, chunk_size)
-    losses = torch.cat(
-        [_losses(_logits(h, weight), y)[0] for h, y in zip(hidden.split(chunk_size), labels.split(chunk_size))]
-    )
+        return _ChunkedLoss.apply(hidden, weight, labels, chunk_size, first, tp)
+    chunks = zip(hidden.split(chunk_size), labels.split(chunk_size))
+    losses = torch.cat([_losses(_logits(h, weight), y, first, tp)[0] for h, y in chunks])
     return losses.sum(), losses
 
 
@@ -34,7 +43,15 @@ class _ChunkedLoss(torch.autograd.Function):
     """The gradient for a sum needs no later value, so each chunk's logits are used up and dropped at once."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_size: int) -> Any:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        chunk_size: int,
+        first: int,
+        tp: Group,
+    ) -> Any:
         wide = torch.promote_types(weight.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
@@ -42,12 +59,12 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(labels), chunk_size):
             part = slice(start, start + chunk_size)
             logits = _logits(hidden[part], weight)
-            losses[part], log_normalizer = _losses(logits, labels[part])
+            losses[part], log_normalizer = _losses(logits, labels[part], first, tp)
             grad = logits.sub_(log_normalizer[:, None]).exp_()
-            valid = labels[part] != IGNORE
-            target = labels[part].clamp_min(0)[:, None]
-            grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
-            grad = grad.mul_(valid[:, None]).to(hidden.dtype)
+            target, own = _own_targets(labels[part], first, len(weight))
+            if len(weight):
+                grad.scatter_add_(1, target[:, None], -own[:, None].to(grad.dtype))
+            grad = grad.mul_((labels[part] != IGNORE)[:, None]).to(hidden.dtype)
             torch.mm(grad, weight, out=grad_hidden[part])
             if weight.dtype == wide:
                 grad_weight.addmm_(grad.t(), hidden[part])
@@ -65,14 +82,28 @@ class _ChunkedLoss(torch.autograd.Function):
         # factor that is a tensor on a GPU would be rounded to bf16 first.
         for part in grad_hidden.split(ctx.chunk_size):
             part.copy_(part.to(grad.dtype) * grad)
-        return (grad_hidden, grad_weight.mul_(grad).to(ctx.dtype), None, None)
+        return grad_hidden, grad_weight.mul_(grad).to(ctx.dtype), None, None, None, None
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(hidden, weight).to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def _losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _own_targets(labels: torch.Tensor, first: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each label's row among this rank's (0 where it is not among them), and whether it is."""
+    target = labels - first
+    own = (target >= 0) & (target < rows) & (labels != IGNORE)
+    return target.masked_fill(~own, 0), own
+
+
+def _losses(logits: torch.Tensor, labels: torch.Tensor, first: int, tp: Group) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and log-normaliser of each token, [T], over the whole vocabulary."""
     log_normalizer = logits.logsumexp(-1)
-    target = logits.gather(1, labels.clamp_min(0)[:, None])[:, 0]
-    return torch.where(labels != IGNORE, log_normalizer - target, 0.0), log_normalizer
+    target, own = _own_targets(labels, first, logits.shape[1])
+    score = logits.gather(1, target[:, None])[:, 0] if logits.shape[1] else torch.zeros_like(log_normalizer)
+    if tp.size > 1:
+        largest = tp.all_reduce(log_normalizer.clone(), dist.ReduceOp.MAX)
+        sums = torch.stack([(log_normalizer - largest).exp(), score.masked_fill(~own, 0.0)])
+        tp.all_reduce(sums)
+        log_normalizer, score = largest + sums[0].log(), sums[1]
+    return torch.where(labels != IGNORE, log_normalizer - score, 0.0), log_normalizer

@@ -7,6 +7,7 @@ from torch import nn
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.initialize import Initializer
 from megatron_zebra.model.layers import Linear
+from megatron_zebra.parallel.tensor import gather_sequence, scatter_sum
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -25,7 +26,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), x [T, hidden_size]."""
+    """down(silu(gate(x)) * up(x)), x [T / tp, hidden_size]."""
 
     def __init__(self, name: str, arch: Architecture, init: Initializer) -> None:
         super().__init__()
@@ -33,6 +34,8 @@ class MLP(nn.Module):
         self.gate_proj = Linear(f"{name}.gate_proj", hidden, width, init)
         self.up_proj = Linear(f"{name}.up_proj", hidden, width, init)
         self.down_proj = Linear(f"{name}.down_proj", width, hidden, init)
+        self.tp = init.tp
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+        x = gather_sequence(x, self.tp)
+        return scatter_sum(self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x))), self.tp)

@@ -1,6 +1,7 @@
 """This process's place among all, and the groups it belongs to. Made once, handed around explicitly."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,8 @@ class Grid:
     """Groups by what their members divide: ``tp``, ``cp``, ``pp`` a layer, a sequence, the stack of layers.
 
     ``data`` holds the ranks whose gradients of the same parameters are averaged (dp x cp: ZeRO divides its state over
-    them), ``model`` those that hold one copy of the model between them (pp x tp), ``replica`` those that read the same rows
-    (pp x cp x tp), ``ends`` the first and the last stage of this rank's pipeline (alone if this rank is neither).
+    them), ``model`` those that hold one copy of the model between them (pp x tp), ``ends`` the first and the last rank of
+    this rank's pipeline (alone if this rank is neither).
     """
 
     layout: Layout
@@ -44,6 +45,12 @@ class Grid:
         return self.layout.dp
 
     @property
+    def is_first_of_replica(self) -> bool:
+        """The one rank that speaks for all that read the same rows."""
+        place = self.layout.coordinates(self.rank)
+        return place.pp == place.cp == place.tp == 0
+
+    @property
     def is_main(self) -> bool:
         """The one process that prints and logs."""
         return self.rank == 0
@@ -52,17 +59,15 @@ class Grid:
 def make_grid(layout: Layout, rank: int, local_rank: int, device: torch.device) -> Grid:
     """Create the groups; called by all ranks together, after the world was joined."""
     traffic = Traffic()
+    handles: dict[tuple[int, ...], Any] = {tuple(range(layout.world_size)): dist.group.WORLD}
 
     def mine(name: str, groups: list[list[int]]) -> Group:
-        found = Group(name, (rank,), 0, None, traffic)
-        for ranks in groups:
-            if len(ranks) == 1:
-                continue
-            # All ranks take part in making every group, in the same order.
-            handle = dist.group.WORLD if len(ranks) == layout.world_size else dist.new_group(ranks)
-            if rank in ranks:
-                found = Group(name, tuple(ranks), ranks.index(rank), handle, traffic)
-        return found
+        own = next((tuple(ranks) for ranks in groups if rank in ranks), (rank,))
+        for ranks in map(tuple, groups):
+            # All ranks take part in making every group, in the same order; of a group of one, that one alone.
+            if ranks not in handles and (len(ranks) > 1 or ranks == own):
+                handles[ranks] = dist.new_group(list(ranks), use_local_synchronization=len(ranks) == 1)
+        return Group(name, own, own.index(rank), handles.get(own), traffic)
 
     return Grid(
         layout,

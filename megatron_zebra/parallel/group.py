@@ -44,7 +44,7 @@ class Traffic:
 class Group:
     """``ranks`` (of the world) that share collectives; this process is ``ranks[rank]``.
 
-    A group of one needs no ``handle`` and sends nothing: every operation is then the identity.
+    A group of one sends nothing: every operation is then the identity, and needs no ``handle``.
     """
 
     name: str

@@ -1,10 +1,14 @@
-"""What the training loop asks of an optimizer, however its state is divided over ranks."""
+"""What training asks of an optimizer, however its state is divided over ranks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import torch
+
+from megatron_zebra.parallel.grid import Grid
+from megatron_zebra.parallel.sharding import Box
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
@@ -22,12 +26,18 @@ class Adam:
 
 
 class Held(NamedTuple):
-    """The part of one parameter's state that this rank holds: elements [start, start + numel) of the flat parameter."""
+    """The part of one parameter's state that this rank holds: elements [start, start + numel) of its flattened ``box``.
+
+    ``holder`` is this rank's number among those that hold the same, and how many these are; (0, 0) marks a copy of what
+    another pipeline stage owns.
+    """
 
     name: str
     shape: tuple[int, ...]
+    box: Box
     start: int
     numel: int
+    holder: tuple[int, int]
     tensors: dict[str, torch.Tensor]
     """By kind (weight, exp_avg, exp_avg_sq): fp32 [numel] views of the optimizer's own memory, to read or to write."""
 
@@ -40,10 +50,7 @@ class StepResult(NamedTuple):
 
 
 class ShardedOptimizer(Protocol):
-    """Forward, backward and step of one model; gradients are averaged over data-parallel ranks."""
-
-    replicated: bool
-    """Whether every rank holds the same state, rather than each its own part."""
+    """Forward, backward and step of one model; gradients are averaged over the ranks of ``grid.data``."""
 
     def forward(self, *args: Any) -> Any: ...
 
@@ -59,6 +66,26 @@ class ShardedOptimizer(Protocol):
 
     def restored(self, updates: int) -> None:
         """Take over what was written into ``held()``: copy the masters to the weights, set AdamW's count."""
+
+
+def held_part(
+    param: Any, start: int, numel: int, tensors: dict[str, torch.Tensor], grid: Grid, replicated: bool
+) -> Held:
+    """What this rank holds of ``param``, without the padding of the vocabulary (its last rows).
+
+    Args:
+        start, numel: the interval of the flattened parameter that ``tensors`` [numel] are.
+        replicated: whether all ranks of ``grid.data`` hold the same interval.
+    """
+    box = param.box
+    numel = max(0, min(start + numel, prod(box.shape)) - start)
+    number, count = (grid.data.rank, grid.data.size) if replicated else (0, 1)
+    if not param.tensor_model_parallel:
+        number, count = number * grid.tp.size + grid.tp.rank, count * grid.tp.size
+    if getattr(param, "ds_pipe_replicated", False):
+        number, count = 0, 0
+    parts = {kind: tensor.detach().view(-1)[:numel] for kind, tensor in tensors.items()}
+    return Held(param.full_name, param.full_shape, box, start, numel, (number, count), parts)
 
 
 def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.parallel.optimizer import (
     MOMENTS,
     Adam,
@@ -14,23 +14,22 @@ from megatron_zebra.parallel.optimizer import (
     adamw,
     create_moments,
     get_updates,
+    held_part,
     parameter_groups,
     set_updates,
 )
 
 
 class ReplicatedOptimizer:
-    """AdamW on fp32 masters; gradients summed in fp32, averaged over all ranks once a step."""
+    """AdamW on fp32 masters; gradients summed in fp32, averaged over the ranks of ``grid.data`` once a step."""
 
-    replicated = True
-
-    def __init__(self, module: torch.nn.Module, adam: Adam) -> None:
-        self.module, self.clip_grad = module, adam.clip_grad
+    def __init__(self, module: torch.nn.Module, adam: Adam, grid: Grid) -> None:
+        self.module, self.clip_grad, self.grid = module, adam.clip_grad, grid
         groups = parameter_groups(module, adam.weight_decay)
         params = [param for group in groups for param in group["params"]]
         # In fp32 a parameter is its own master.
         masters = [p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float()) for p in params]
-        self.masters = dict(zip(params, masters))
+        self.masters: dict[Any, Any] = dict(zip(params, masters))
         for group in groups:
             group["params"] = [self.masters[param] for param in group["params"]]
         self.adam = adamw(groups, adam)
@@ -48,11 +47,13 @@ class ReplicatedOptimizer:
     def step(self, learning_rate: float) -> StepResult:
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
-        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
-        for gradient in gradients:
-            dist.all_reduce(gradient)
-            gradient.div_(dist.get_world_size())
-        norm = torch.nn.utils.get_total_norm(gradients)
+        counted = []
+        for param, master in self.masters.items():
+            if master.grad is not None:
+                self.grid.data.all_reduce(master.grad).div_(self.grid.data.size)
+                if self.grid.tp.rank == 0 or param.tensor_model_parallel:  # what all tp ranks hold counts once
+                    counted.append(master.grad)
+        norm = self.grid.tp.all_reduce(torch.nn.utils.get_total_norm(counted).square()).sqrt()
         finite = bool(torch.isfinite(norm))
         if finite:
             if self.clip_grad > 0:
@@ -63,10 +64,9 @@ class ReplicatedOptimizer:
         return StepResult(float(norm), finite)
 
     def held(self) -> Iterator[Held]:
-        for name, param in self.module.named_parameters():
-            master = self.masters[param]
+        for param, master in self.masters.items():
             tensors = {"weight": master, **{kind: self.adam.state[master][kind] for kind in MOMENTS}}
-            yield Held(name, tuple(param.shape), 0, param.numel(), {k: t.detach().view(-1) for k, t in tensors.items()})
+            yield held_part(param, 0, param.numel(), tensors, self.grid, replicated=True)
 
     def updates(self) -> int:
         return get_updates(self.adam)
@@ -82,7 +82,7 @@ class ReplicatedOptimizer:
                 param.copy_(master)
 
     def _accumulate(self, param: torch.Tensor) -> None:
-        master = self.masters[param]  # type: ignore[index]
+        master = self.masters[param]
         assert param.grad is not None
         if master.grad is None:
             master.grad = param.grad.float()

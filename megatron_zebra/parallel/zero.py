@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.parallel.optimizer import (
     MOMENTS,
     Adam,
@@ -16,13 +17,20 @@ from megatron_zebra.parallel.optimizer import (
     adamw,
     create_moments,
     get_updates,
+    held_part,
     parameter_groups,
     set_updates,
 )
 
 
 def deepspeed_settings(
-    stage: int, bf16: bool, micro_batch_size: int, clip_grad: float, reduce_bucket_size: int, extra: dict[str, Any]
+    stage: int,
+    bf16: bool,
+    micro_batch_size: int,
+    clip_grad: float,
+    reduce_bucket_size: int,
+    offload: bool,
+    extra: dict[str, Any],
 ) -> dict[str, Any]:
     """DeepSpeed's configuration; ``extra`` is the user's ``deepspeed`` section."""
     settings: dict[str, Any] = {
@@ -38,6 +46,8 @@ def deepspeed_settings(
         settings["bf16"] = {"enabled": True, **({"immediate_grad_update": True} if stage == 1 else {})}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"
+    if offload:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if stage == 3:
         settings["zero_optimization"]["memory_efficient_linear"] = False
     return _merged(settings, extra)
@@ -46,15 +56,17 @@ def deepspeed_settings(
 class ZeroOptimizer:
     """One engine around one module. Names are those of ``module.named_parameters()``."""
 
-    replicated = False
-
-    def __init__(self, module: torch.nn.Module, adam: Adam, settings: dict[str, Any]) -> None:
+    def __init__(self, module: torch.nn.Module, adam: Adam, settings: dict[str, Any], grid: Grid) -> None:
         import deepspeed
 
-        self.stage = settings["zero_optimization"]["stage"]
+        self.stage, self.grid = settings["zero_optimization"]["stage"], grid
         self.engine, *_ = deepspeed.initialize(
-            model=module, optimizer=adamw(parameter_groups(module, adam.weight_decay), adam), config=settings
+            model=module,
+            optimizer=adamw(parameter_groups(module, adam.weight_decay), adam),
+            config=settings,
+            mpu=_Mpu(grid),
         )
+        self.tied: list[Any] = [p for p in module.parameters() if getattr(p, "tied_over_stages", False)]
         self.wrapper = self.engine.optimizer
         self.adam = self.wrapper.optimizer
         create_moments(self.adam, self._masters())
@@ -74,23 +86,19 @@ class ZeroOptimizer:
     def step(self, learning_rate: float) -> StepResult:
         for group in self.wrapper.param_groups:
             group["lr"] = learning_rate
+        for param in self.tied:  # fp32 sums lie where DeepSpeed keeps them, in bf16 not in .grad
+            self.grid.ends.all_reduce(param.grad if param.grad is not None else param._hp_grad)
         self.engine.step()
         return StepResult(float(self.engine.get_global_grad_norm()), not self.wrapper.overflow)
 
     def held(self) -> Iterator[Held]:
-        for name, param in self.engine.module.named_parameters():
+        for param in self.engine.module.parameters():
             if self.stage == 3:
-                yield from self._held_shard(name, param)
+                yield from self._held_shard(param)
             elif (part := getattr(param, "_hp_mapping", None)) is not None:
                 address = part.lp_fragment_address
                 tensors = {"weight": part.hp_fragment, **{kind: part.optim_fragment[kind] for kind in MOMENTS}}
-                yield Held(
-                    name,
-                    tuple(param.shape),
-                    address.start,
-                    address.numel,
-                    {k: t.detach().view(-1) for k, t in tensors.items()},
-                )
+                yield held_part(param, address.start, address.numel, tensors, self.grid, replicated=False)
 
     def updates(self) -> int:
         return get_updates(self.adam)
@@ -108,24 +116,61 @@ class ZeroOptimizer:
             persistent[0].all_gather(persistent)
 
     def destroy(self) -> None:
-        """Take the engine's hooks off the module."""
+        """Take the engine's hooks off the module, and DeepSpeed's memory of the grid."""
+        from deepspeed.utils import groups
+
         self.engine.destroy()
+        groups.mpu = None
 
     def _masters(self) -> list[torch.Tensor]:
         """The flat fp32 tensors that AdamW updates."""
         names = ("fp32_groups_flat_partition", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
         return next(getattr(self.wrapper, name) for name in names if hasattr(self.wrapper, name))
 
-    def _held_shard(self, name: str, param: Any) -> Iterator[Held]:
+    def _held_shard(self, param: Any) -> Iterator[Held]:
         """Stage 3 cuts each parameter into equal flat shards by rank, the last one padded."""
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         weight = safe_get_local_fp32_param(param)
-        start = torch.distributed.get_rank() * weight.numel()
+        start = self.grid.data.rank * weight.numel()
         numel = min(weight.numel(), param.ds_numel - start)
         if numel > 0:
             tensors = {"weight": weight, **{kind: safe_get_local_optimizer_state(param, kind) for kind in MOMENTS}}
-            yield Held(name, tuple(param.ds_shape), start, numel, {k: t.detach()[:numel] for k, t in tensors.items()})
+            yield held_part(param, start, numel, tensors, self.grid, replicated=False)
+
+
+class _Mpu:
+    """The grid as DeepSpeed asks for it: its data parallelism is our dp x cp, its model parallelism tp x pp."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+
+    def get_data_parallel_group(self) -> Any:
+        return self.grid.data.handle
+
+    def get_data_parallel_rank(self) -> int:
+        return self.grid.data.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.grid.data.size
+
+    def get_model_parallel_group(self) -> Any:
+        return self.grid.model.handle
+
+    def get_model_parallel_rank(self) -> int:
+        return self.grid.model.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.grid.model.size
+
+    def get_tensor_model_parallel_group(self) -> Any:
+        return self.grid.tp.handle
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self.grid.tp.rank
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self.grid.tp.size
 
 
 def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

@@ -74,16 +74,12 @@ class Pipeline:
         if self._made is None or self._made[0] != key:
             stages = [self._stage(number, part, tokens) for number, part in self.parts.items()]
             kind = SCHEDULES[self.schedule]
-            made = kind(
-                stages[0] if kind is Schedule1F1B else stages, count, loss_fn=_no_loss_yet, scale_grads=False
-            )
+            made = kind(stages[0] if kind is Schedule1F1B else stages, count, loss_fn=_no_loss_yet, scale_grads=False)
             self._made = key, made
         return self._made[1]
 
     def _stage(self, number: int, part: "_Part", tokens: int) -> PipelineStage:
-        hidden = torch.empty(
-            tokens // self.grid.tp.size, self.hidden_size, dtype=self.dtype, device=self.grid.device
-        )
+        hidden = torch.empty(tokens // self.grid.tp.size, self.hidden_size, dtype=self.dtype, device=self.grid.device)
         first, last = number == 0, number == self.num_stages - 1
         return PipelineStage(
             part,

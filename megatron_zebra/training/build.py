@@ -1,26 +1,71 @@
-"""From a configuration to a model and its optimizer on this rank."""
+"""From a configuration to what trains on this rank: the model or its stages, the optimizer, and how both are run."""
+
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from megatron_zebra.config.sections import Config
 from megatron_zebra.errors import UserError
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.decoder import Decoder
 from megatron_zebra.model.initialize import Initializer
+from megatron_zebra.parallel.context.shard import ContextParallel
+from megatron_zebra.parallel.grid import Grid
+from megatron_zebra.parallel.group import Group
 from megatron_zebra.parallel.optimizer import Adam, ShardedOptimizer
 from megatron_zebra.parallel.replicated import ReplicatedOptimizer
+from megatron_zebra.parallel.sharding import Sharding
 from megatron_zebra.parallel.zero import ZeroOptimizer, deepspeed_settings
-from megatron_zebra.planning.memory import parameter_count, reduce_bucket_size
+from megatron_zebra.pipeline.runner import Runner, WholeModel
+from megatron_zebra.pipeline.split import stages_of
+from megatron_zebra.pipeline.stages import Pipeline
+from megatron_zebra.planning.memory import reduce_bucket_size
 
 
-def build_model(config: Config, arch: Architecture, device: torch.device) -> Decoder:
-    """The decoder with its initial weights, in the precision trained in."""
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    init = Initializer(config.training.seed, config.model.init_std, arch.num_layers, dtype, device)
+@dataclass(frozen=True)
+class Trained:
+    """What this rank trains, and how."""
+
+    optimizer: ShardedOptimizer
+    runner: Runner
+    context: ContextParallel
+
+
+def build_training(config: Config, arch: Architecture, grid: Grid) -> Trained:
+    """Model, optimizer and runner of this rank; called by all ranks together."""
+    parallel = config.parallel
+    # Where attention is computed again in backward, it keeps nothing, and fetches anew by itself.
+    keep_fetched = parallel.cp_keep_fetched or config.training.recompute != "none"
+    context = ContextParallel(grid.cp, parallel.cp_order, parallel.cp_head_groups, keep_fetched)
+    if grid.pp.size == 1:
+        optimizer = build_optimizer(config, build_model(config, arch, grid.device, grid.tp), grid)
+        return Trained(optimizer, WholeModel(optimizer.forward, optimizer.backward), context)
+    stages = stages_of(config, arch)
+    held = {
+        number: build_model(config, arch, grid.device, grid.tp, stages.layers[number])
+        for number, rank in enumerate(stages.ranks)
+        if rank == grid.pp.rank
+    }
+    optimizer = build_optimizer(config, nn.ModuleList(held.values()), grid)
+    runner = Pipeline(held, len(stages.layers), parallel.pp_schedule, grid, arch.hidden_size, _dtype(config))
+    return Trained(optimizer, runner, context)
+
+
+def build_model(
+    config: Config, arch: Architecture, device: torch.device, tp: Group | None = None, layers: range | None = None
+) -> Decoder:
+    """The decoder with its initial weights, in the precision trained in: this rank's part of ``layers`` (None: all)."""
+    tp = tp or Group.alone("tp")
+    sharding = Sharding(tp.size, tp.rank, arch.num_kv_heads, config.parallel.vocab_multiple)
+    init = Initializer(
+        config.training.seed, config.model.init_std, arch.num_layers, _dtype(config), device, tp, sharding
+    )
     try:
         return Decoder(
             arch,
             init,
+            layers=layers,
             backend=config.model.attention_backend,
             recompute=config.training.recompute,
             loss_chunk_size=config.training.loss_chunk_size,
@@ -29,18 +74,23 @@ def build_model(config: Config, arch: Architecture, device: torch.device) -> Dec
         raise UserError(f"model.attention_backend = {config.model.attention_backend}: {error}") from None
 
 
-def build_optimizer(config: Config, arch: Architecture, model: Decoder) -> ShardedOptimizer:
-    """Wrap ``model`` in the optimizer of ``optimizer.zero_stage``."""
+def build_optimizer(config: Config, module: nn.Module, grid: Grid) -> ShardedOptimizer:
+    """Wrap what this rank holds in the optimizer of ``optimizer.zero_stage``."""
     settings = config.optimizer
     adam = Adam(settings.beta1, settings.beta2, settings.eps, settings.weight_decay, settings.clip_grad)
     if settings.zero_stage == 0:
-        return ReplicatedOptimizer(model, adam)
+        return ReplicatedOptimizer(module, adam, grid)
     deepspeed = deepspeed_settings(
         settings.zero_stage,
         config.training.precision == "bf16",
         config.training.micro_batch_size,
         settings.clip_grad,
-        reduce_bucket_size(parameter_count(arch)),
+        reduce_bucket_size(sum(param.numel() for param in module.parameters())),
+        settings.offload,
         config.deepspeed,
     )
-    return ZeroOptimizer(model, adam, deepspeed)
+    return ZeroOptimizer(module, adam, deepspeed, grid)
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return torch.bfloat16 if config.training.precision == "bf16" else torch.float32

@@ -24,7 +24,7 @@ from megatron_zebra.parallel.process import WorldCollective
 from megatron_zebra.planning.devices import peak_flops
 from megatron_zebra.planning.flops import CONVENTION, StepFlops
 from megatron_zebra.report.plots import write_plots
-from megatron_zebra.training.build import build_model, build_optimizer
+from megatron_zebra.training.build import Trained, build_training
 from megatron_zebra.training.console import Console
 from megatron_zebra.training.diagnose import Diagnostics
 from megatron_zebra.training.inputs import Inputs
@@ -48,15 +48,15 @@ def train(config: Config, arch: Architecture, inputs: Inputs, folder: Path, grid
     log = rank_log(folder, grid.rank)
     log.info("rank %d of %d on %s", grid.rank, grid.world_size, grid.device)
     log.info("flops_per_second and mfu count %s", CONVENTION)
-    optimizer = build_optimizer(config, arch, build_model(config, arch, grid.device))
+    trained = build_training(config, arch, grid)
     collective = WorldCollective(grid)
-    progress, notes = _start(config, arch, inputs, folder, optimizer, collective)
+    progress, notes = _start(config, arch, inputs, folder, trained.optimizer, collective)
     console = Console(grid.is_main, config.training.steps, progress.step, config.logging.interval)
     for note in [*inputs.warnings, *notes]:
         log.info(note)
         console.say(note)
     with _Sinks(config, folder, progress.step, grid.is_main) as sinks, _sigterm() as stop_wanted:
-        run = _Run(config, arch, inputs, folder, grid, optimizer, collective, console, sinks)
+        run = _Run(config, arch, inputs, folder, grid, trained, collective, console, sinks)
         run.until_done(progress, stop_wanted)
     console.close()
     if grid.is_main and (folder / "metrics.jsonl").stat().st_size:
@@ -77,13 +77,13 @@ class _Run:
         inputs: Inputs,
         folder: Path,
         grid: Grid,
-        optimizer: ShardedOptimizer,
+        trained: Trained,
         collective: WorldCollective,
         console: Console,
         sinks: "_Sinks",
     ) -> None:
         self.config, self.arch, self.inputs, self.folder, self.grid = config, arch, inputs, folder, grid
-        self.optimizer, self.collective, self.console, self.sinks = optimizer, collective, console, sinks
+        self.trained, self.collective, self.console, self.sinks = trained, collective, console, sinks
         self.flops = StepFlops(arch)
         self.peak = _peak(config, grid.device)
         self.diagnostics = Diagnostics(config.training, folder, grid.rank, grid.device)
@@ -104,7 +104,7 @@ class _Run:
                     config.optimizer, progress.step - progress.schedule_start, steps - progress.schedule_start
                 )
                 outcome = train_step(
-                    self.optimizer,
+                    self.trained,
                     batch.micro_batches,
                     rate,
                     self.grid,
@@ -185,7 +185,13 @@ class _Run:
     def _validate(self, record: Record) -> None:
         results: dict[str, Evaluated] = {}
         for name, rows in self.inputs.valid.items():
-            results[name] = evaluate(self.optimizer.forward, rows, self.config.training.micro_batch_size, self.grid)
+            results[name] = evaluate(
+                self.trained.runner,
+                rows,
+                self.config.training.micro_batch_size,
+                self.grid,
+                self.trained.context,
+            )
             record[f"valid/{name}"] = results[name].loss
         losses = "  ".join(f"{name} {result.loss:.4f}" for name, result in results.items())
         self.console.say(f"validation at step {record['step']}: {losses}")
@@ -197,7 +203,7 @@ class _Run:
                 self.folder / "checkpoints",
                 progress,
                 self.arch,
-                self.optimizer,
+                self.trained.optimizer,
                 self.config.checkpoint,
                 self.collective,
             )

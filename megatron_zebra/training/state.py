@@ -44,7 +44,7 @@ def save_state(
 ) -> Saved:
     """Write a checkpoint of ``progress.step`` under ``root``; called by all ranks."""
     held = list(optimizer.held())
-    pieces = [piece for part in held for piece in _pieces(part, optimizer.replicated, collective)]
+    pieces = [piece for part in held for piece in _pieces(part)]
     expected = {(name, kind): shape for name, shape in arch.parameter_shapes().items() for kind in KINDS}
     return save(
         root,
@@ -120,22 +120,26 @@ def restore(checkpoint: Checkpoint, arch: Architecture, optimizer: ShardedOptimi
         raise UserError(f"{checkpoint.folder}: is of another model: {'; '.join(differences)}")
     for part in optimizer.held():
         for kind in kinds:
-            values = checkpoint.read_tensor(part.name, kind, flat_start=part.start, flat_numel=part.numel)
+            values = checkpoint.read_tensor(
+                part.name,
+                kind,
+                offsets=part.box.offsets,
+                local_shape=part.box.shape,
+                flat_start=part.start,
+                flat_numel=part.numel,
+            )
             part.tensors[kind].copy_(values)
     progress = Progress(**checkpoint.metadata["progress"])
     optimizer.restored(progress.updates)
     return progress
 
 
-def _pieces(part: Held, replicated: bool, collective: Collective) -> Iterator[tuple[PieceKey, Any]]:
-    """What this rank writes of ``part``: all, or its share where every rank holds the same."""
-    first, last = 0, part.numel
-    if replicated:
-        first = part.numel * collective.rank // collective.world_size
-        last = part.numel * (collective.rank + 1) // collective.world_size
+def _pieces(part: Held) -> Iterator[tuple[PieceKey, Any]]:
+    """What this rank writes of ``part``: its share among those that hold the same."""
+    number, count = part.holder
+    first, last = (part.numel * i // count if count else 0 for i in (number, number + 1))
     if last > first:
         for kind, tensor in part.tensors.items():
-            key = PieceKey(
-                part.name, kind, part.shape, (0,) * len(part.shape), part.shape, part.start + first, last - first
-            )
+            box = part.box
+            key = PieceKey(part.name, kind, part.shape, box.offsets, box.shape, part.start + first, last - first)
             yield key, tensor[first:last]

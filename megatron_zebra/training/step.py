@@ -1,22 +1,22 @@
 """One optimizer step: what is computed, and what is known afterwards."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from megatron_zebra.data.batch import MicroBatch
-from megatron_zebra.model.decoder import Loss
+from megatron_zebra.data.batch import LocalBatch, MicroBatch
 from megatron_zebra.parallel.grid import Grid
-from megatron_zebra.parallel.optimizer import ShardedOptimizer, StepResult
+from megatron_zebra.parallel.optimizer import StepResult
 from megatron_zebra.parallel.process import sum_over
+from megatron_zebra.training.build import Trained
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """Sums over the global batch, the same on every rank."""
+    """Sums over the global batch, the same on every rank; ``compute_time`` and ``optimizer_time`` are this rank's seconds."""
 
     loss: float
     targets: int
@@ -25,10 +25,12 @@ class StepOutcome:
     source_losses: dict[int, float]
     result: StepResult
     stop_wanted: bool
+    compute_time: float
+    optimizer_time: float
 
 
 def train_step(
-    optimizer: ShardedOptimizer,
+    trained: Trained,
     micro_batches: Sequence[MicroBatch],
     learning_rate: float,
     grid: Grid,
@@ -39,26 +41,28 @@ def train_step(
     """Forward and backward of this rank's micro-batches, then one update.
 
     The loss is the sum over the global batch divided by its number of targets, however it is cut into ranks and
-    micro-batches: each backward is scaled by ranks / targets, because gradients are averaged over ranks.
+    micro-batches: each backward is scaled by ranks / targets, because gradients are averaged over ``grid.data``.
 
     Args:
         flops: model FLOPs of segments of the given lengths [n].
         stop_wanted: asked once, after the update; true on any rank counts for all.
     """
+    began = time.perf_counter()
     device = grid.device
-    targets = torch.tensor(sum(batch.targets for batch in micro_batches), device=device)
-    dist.all_reduce(targets)
-    scale = grid.dp_size / targets.clamp_min(1)
+    batches = [batch.here(device, trained.context) for batch in micro_batches]
+    targets = grid.data.all_reduce(torch.tensor(sum(batch.targets for batch in batches), device=device))
     losses = torch.zeros(num_sources, dtype=torch.float64, device=device)
     counts = torch.zeros(num_sources, dtype=torch.float64, device=device)
-    for batch in micro_batches:
-        loss: Loss = optimizer.forward(*batch.inputs(device))
-        optimizer.backward(loss.sum * scale)
-        _add_by_source(losses, counts, batch, loss.tokens)
-    result = optimizer.step(learning_rate)
+    for batch, token_losses in zip(batches, trained.runner.train(batches, grid.data.size / targets.clamp_min(1))):
+        if token_losses is not None and grid.tp.rank == 0:  # the others have the same
+            _add_by_source(losses, counts, batch, token_losses)
+    computed = time.perf_counter()
+    result = trained.optimizer.step(learning_rate)
+    done = time.perf_counter()
+    first = grid.is_first_of_replica
     own = [
-        float(sum(batch.tokens.numel() for batch in micro_batches)),
-        float(sum(flops(np.diff(batch.cu_seqlens)) for batch in micro_batches)),
+        float(sum(batch.tokens.numel() for batch in micro_batches) if first else 0),
+        float(sum(flops(np.diff(batch.cu_seqlens)) for batch in micro_batches) if first else 0),
         float(stop_wanted()),
     ]
     totals = sum_over([*own, *losses.tolist(), *counts.tolist()], device)
@@ -71,12 +75,14 @@ def train_step(
         source_losses={i: s / n for i, (s, n) in enumerate(zip(by_source, count_by_source)) if n},
         result=result,
         stop_wanted=totals[2] > 0,
+        compute_time=computed - began,
+        optimizer_time=done - computed,
     )
 
 
-def _add_by_source(losses: torch.Tensor, counts: torch.Tensor, batch: MicroBatch, token_losses: torch.Tensor) -> None:
+def _add_by_source(losses: torch.Tensor, counts: torch.Tensor, batch: LocalBatch, token_losses: torch.Tensor) -> None:
     """Add each row's sum of losses and number of targets to its source's."""
     sources = torch.from_numpy(batch.sources).to(losses.device)
-    losses.index_add_(0, sources, token_losses.view(batch.rows, -1).sum(1, dtype=torch.float64))
-    valid = batch.labels.to(losses.device).view(batch.rows, -1) != -100
-    counts.index_add_(0, sources, valid.sum(1, dtype=torch.float64))
+    rows = len(batch.sources)
+    losses.index_add_(0, sources, token_losses.view(rows, -1).sum(1, dtype=torch.float64))
+    counts.index_add_(0, sources, (batch.labels != -100).view(rows, -1).sum(1, dtype=torch.float64))

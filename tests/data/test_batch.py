@@ -27,7 +27,12 @@ def dataset(packing: str = "concat") -> Dataset:
 
 
 def rows_of(batch: MicroBatch) -> list[tuple[list[int], ...]]:
-    parts = (batch.tokens, batch.labels, batch.positions, batch.token_sources())
+    parts = (
+        batch.tokens,
+        batch.labels,
+        batch.positions,
+        torch.from_numpy(np.repeat(batch.sources, batch.sequence_length)),
+    )
     return list(zip(*(part.view(batch.rows, -1).tolist() for part in parts)))
 
 
@@ -63,7 +68,7 @@ def test_a_micro_batch_is_its_rows_flattened(lengths: list[int], length: int, ro
     assert set(range(0, rows * length + 1, length)) <= set(batch.cu_seqlens.tolist())  # row ends are segment ends
     for start, stop in zip(batch.cu_seqlens, batch.cu_seqlens[1:]):
         assert batch.positions[start:stop].tolist() == list(range(stop - start))
-    assert batch.targets == sum(int((reader.read(row).labels != IGNORE).sum()) for row in range(rows))
+    assert batch.here("cpu").targets == sum(int((reader.read(row).labels != IGNORE).sum()) for row in range(rows))
 
 
 def test_R01_R02_a_loader_that_starts_anywhere_goes_on_the_same() -> None:

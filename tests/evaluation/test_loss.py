@@ -10,7 +10,7 @@ from megatron_zebra.data.rows import OnePass
 from megatron_zebra.data.synthetic import SyntheticSource
 from megatron_zebra.evaluation.loss import Evaluated, evaluate, position_edges
 from megatron_zebra.parallel.grid import Grid
-from megatron_zebra.training.build import build_model, build_optimizer
+from megatron_zebra.training.build import build_model, build_training
 from tests.training.cases import opened, small
 
 ROWS = 7
@@ -23,8 +23,8 @@ def rows() -> OnePass:
 def evaluated(grid: Grid, stage: int, micro_batch_size: int) -> Evaluated:
     config = small(model__num_layers=2, optimizer__zero_stage=stage)
     arch, _ = opened(config)
-    optimizer = build_optimizer(config, arch, build_model(config, arch, grid.device))
-    return evaluate(optimizer.forward, rows(), micro_batch_size, grid)
+    trained = build_training(config, arch, grid)
+    return evaluate(trained.runner, rows(), micro_batch_size, grid, trained.context)
 
 
 def by_hand() -> tuple[float, list[float], list[int]]:
@@ -35,7 +35,7 @@ def by_hand() -> tuple[float, list[float], list[int]]:
     losses, counts = [0.0] * 3, [0] * 3
     for number in range(ROWS):
         batch = collate([rows().read(number)])
-        tokens, positions, segments, labels = batch.inputs(torch.device("cpu"))
+        tokens, positions, segments, labels = batch.here("cpu").inputs
         with torch.no_grad():
             scores = torch.log_softmax(model(tokens, positions, segments).double(), -1)
         for place in range(48):

@@ -33,10 +33,10 @@ def shrunk(grid: Grid, stage: int) -> dict[str, bool]:
     """By parameter, over one step with a gradient of zero: did it shrink by learning rate x decay (else it stayed)?"""
     config = small(**EVERYTHING, optimizer__zero_stage=stage, optimizer__weight_decay=0.5)
     arch, inputs = opened(config)
-    optimizer = build_optimizer(config, arch, build_model(config, arch, grid.device))
+    optimizer = build_optimizer(config, build_model(config, arch, grid.device), grid)
     before = {part.name: part.tensors["weight"].clone() for part in optimizer.held()}
     batch = read_step(inputs.train, 0, 0, 2, 1, grid.dp_rank, grid.dp_size).micro_batches[0]
-    optimizer.backward(optimizer.forward(*batch.inputs(grid.device)).sum * 0.0)
+    optimizer.backward(optimizer.forward(*batch.here(grid.device).inputs).sum * 0.0)
     optimizer.step(0.1)
     after = {part.name: part.tensors["weight"] for part in optimizer.held()}
     out = {}
@@ -84,7 +84,7 @@ def private_names(grid: Grid, stage: int, precision: str) -> list[str]:
     """Attributes of the built optimizer that are missing."""
     config = small(optimizer__zero_stage=stage, training__precision=precision, model__num_layers=2)
     arch, _ = opened(config)
-    optimizer: Any = build_optimizer(config, arch, build_model(config, arch, grid.device))
+    optimizer: Any = build_optimizer(config, build_model(config, arch, grid.device), grid)
     wrapper, param = optimizer.wrapper, next(optimizer.engine.module.parameters())
     wanted = [(wrapper, "overflow"), (wrapper, "optimizer"), (wrapper, "param_groups")]
     if stage == 3:

@@ -11,7 +11,9 @@ from megatron_zebra.config.load import load_config
 from megatron_zebra.config.sections import Model
 from megatron_zebra.data.batch import read_step
 from megatron_zebra.model.architecture import resolve
+from megatron_zebra.parallel.context.shard import ContextParallel
 from megatron_zebra.parallel.grid import Grid
+from megatron_zebra.pipeline.runner import WholeModel
 from megatron_zebra.planning.activations import activations
 from megatron_zebra.planning.flops import StepFlops
 from megatron_zebra.planning.memory import (
@@ -21,7 +23,7 @@ from megatron_zebra.planning.memory import (
     state_parts,
     training_memory,
 )
-from megatron_zebra.training.build import build_model, build_optimizer
+from megatron_zebra.training.build import Trained, build_model, build_optimizer
 from megatron_zebra.training.step import train_step
 from tests.training.cases import opened, small
 
@@ -68,11 +70,12 @@ def _measured(grid: Grid, precision: str, stage: int) -> tuple[int, ...]:
     arch, inputs = opened(config)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as built:
         model = build_model(config, arch, grid.device)
-        optimizer = build_optimizer(config, arch, model)
+        optimizer = build_optimizer(config, model, grid)
+    trained = Trained(optimizer, WholeModel(optimizer.forward, optimizer.backward), ContextParallel(grid.cp, "zigzag"))
     for step in range(2):
         micro_batches = read_step(inputs.train, step, step * rows, rows, 1, grid.dp_rank, grid.dp_size).micro_batches
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as stepped:
-            train_step(optimizer, micro_batches, 1e-4, grid, 1, StepFlops(arch))
+            train_step(trained, micro_batches, 1e-4, grid, 1, StepFlops(arch))
     # By data pointer: in fp32 under stage 0 a weight is its own master.
     state = {t.data_ptr(): t.nbytes for held in optimizer.held() for t in held.tensors.values()}
     weights = (getattr(param, "ds_tensor", param) for param in model.parameters())

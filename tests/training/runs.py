@@ -15,6 +15,7 @@ from megatron_zebra.errors import UserError
 from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.parallel.optimizer import ShardedOptimizer
 from megatron_zebra.training import loop
+from megatron_zebra.training.build import Trained
 from tests.training.cases import opened, small
 
 SAME = ("step", "loss", "grad_norm", "learning_rate", "consumed_rows", "consumed_tokens", "targets", "skipped_steps")
@@ -50,17 +51,18 @@ def run(
     seen = Seen()
     real_step = loop.train_step
 
-    def step(optimizer: ShardedOptimizer, *args: Any, **more: Any) -> Any:
+    def step(trained: Trained, *args: Any, **more: Any) -> Any:
+        optimizer, runner = trained.optimizer, trained.runner
         number = len(seen.applied) + 1
         if number == crash_at:
             raise Crash
         before = _state(optimizer)
         if number in poison and grid.rank == grid.world_size - 1:
-            backward = optimizer.backward
-            with patch.object(optimizer, "backward", lambda loss: backward(loss * float("nan"))):
-                outcome = real_step(optimizer, *args, **more)
+            train = runner.train
+            with patch.object(runner, "train", lambda batches, scale: train(batches, scale * float("nan"))):
+                outcome = real_step(trained, *args, **more)
         else:
-            outcome = real_step(optimizer, *args, **more)
+            outcome = real_step(trained, *args, **more)
         seen.applied.append(outcome.result.applied)
         seen.norms.append(outcome.result.norm)
         seen.unchanged.append(all(torch.equal(a, b) for a, b in zip(before, _state(optimizer), strict=True)))

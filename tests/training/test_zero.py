@@ -10,7 +10,7 @@ from megatron_zebra.data.batch import read_step
 from megatron_zebra.model.decoder import Decoder
 from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.planning.flops import StepFlops
-from megatron_zebra.training.build import build_model, build_optimizer
+from megatron_zebra.training.build import build_model, build_training
 from megatron_zebra.training.schedule import learning_rate
 from megatron_zebra.training.step import train_step
 from tests.training.cases import opened, small
@@ -23,7 +23,7 @@ def curve(grid: Grid, overrides: dict[str, Any]) -> Curve:
     """(loss, gradient norm) of each step, by the code that trains."""
     config = small(**overrides)
     arch, inputs = opened(config)
-    optimizer = build_optimizer(config, arch, build_model(config, arch, grid.device))
+    trained = build_training(config, arch, grid)
     rows = config.training.global_batch_size
     out = []
     for step in range(STEPS):
@@ -31,7 +31,7 @@ def curve(grid: Grid, overrides: dict[str, Any]) -> Curve:
             inputs.train, step, step * rows, rows, config.training.micro_batch_size, grid.dp_rank, grid.dp_size
         )
         rate = learning_rate(config.optimizer, step, STEPS)
-        outcome = train_step(optimizer, batch.micro_batches, rate, grid, 1, StepFlops(arch))
+        outcome = train_step(trained, batch.micro_batches, rate, grid, 1, StepFlops(arch))
         out.append((outcome.loss, outcome.result.norm))
     return out
 
@@ -61,13 +61,13 @@ def reference(overrides: dict[str, Any], world_size: int = 1, by_rank: bool = Tr
         read = [
             read_step(inputs.train, step, step * rows, rows, micro, rank, ranks).micro_batches for rank in range(ranks)
         ]
-        targets = sum(batch.targets for batches in read for batch in batches)
+        targets = sum(batch.here("cpu").targets for batches in read for batch in batches)
         total = 0.0
         gradients: list[list[list[torch.Tensor]]] = []  # by rank, micro-batch, parameter
         for batches in read:
             gradients.append([])
             for batch in batches:
-                loss = model(*batch.inputs("cpu"))
+                loss = model(*batch.here("cpu").inputs)
                 (loss.sum / targets).backward()
                 total += loss.tokens.double().sum().item()
                 gradients[-1].append([param.grad.float() for param in params if param.grad is not None])
