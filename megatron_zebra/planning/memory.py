@@ -17,12 +17,13 @@ stage 2 e B and stage 3 4 B, with 4 min(P, B) in fp32, (4 + e) min(P, B) in bf16
 """
 
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil
 from typing import Any
 
 from megatron_zebra.config.sections import Config
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.planning.activations import Activations, activations
+from megatron_zebra.planning.parameters import parameter_count
 
 FP32 = 4
 LIVE_PARAMETERS = 10**9
@@ -52,11 +53,6 @@ class Memory:
 
     def __getitem__(self, name: str) -> int:
         return next(part.bytes for part in self.parts if part.name == name)
-
-
-def parameter_count(arch: Architecture) -> int:
-    """All parameters, a tied weight once."""
-    return sum(prod(shape) for shape in arch.parameter_shapes().values())
 
 
 def training_memory(arch: Architecture, config: Config, dp: int, tokens: int, on_cpu: bool = False) -> Memory:

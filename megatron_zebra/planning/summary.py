@@ -15,7 +15,8 @@ from megatron_zebra.planning.flops import (
     train_flops,
     uncut_flops,
 )
-from megatron_zebra.planning.memory import parameter_count, training_memory
+from megatron_zebra.planning.memory import training_memory
+from megatron_zebra.planning.parameters import parameter_count
 
 
 def dry_run_text(config: Config, arch: Architecture, world_size: int) -> str:

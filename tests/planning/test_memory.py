@@ -16,13 +16,8 @@ from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.pipeline.runner import WholeModel
 from megatron_zebra.planning.activations import activations
 from megatron_zebra.planning.flops import StepFlops
-from megatron_zebra.planning.memory import (
-    parameter_count,
-    reduce_bucket_size,
-    reduction_buffers,
-    state_parts,
-    training_memory,
-)
+from megatron_zebra.planning.memory import reduce_bucket_size, reduction_buffers, state_parts, training_memory
+from megatron_zebra.planning.parameters import parameter_count
 from megatron_zebra.training.build import Trained, build_model, build_optimizer
 from megatron_zebra.training.step import train_step
 from tests.training.cases import opened, small
