@@ -10,7 +10,7 @@ from megatron_zebra.errors import UserError, tell
 
 
 def main(words: list[str]) -> int:
-    """Returns the exit code: 0, or 2 for a user's mistake (torchrun turns any failure into 1)."""
+    """Returns the exit code: 0, 2 for a user's mistake, or 1 where another rank was lost (torchrun turns any failure into 1)."""
     rank = int(os.environ.get("RANK", "0"))
     try:
         line = load.parse_words(words)
@@ -24,15 +24,15 @@ def main(words: list[str]) -> int:
         _run(config, line, world_size, rank)
     except UserError as error:
         tell(error)
-        return 2
+        return error.code
     return 0
 
 
 def _run(config: Config, line: load.CommandLine, world_size: int, rank: int) -> None:
+    from megatron_zebra.config.derived import longest_sequence
     from megatron_zebra.model.architecture import resolve
     from megatron_zebra.training.inputs import open_inputs
     from megatron_zebra.training.run_folder import locked, run_folder, write_description
-    from megatron_zebra.training.schedule import longest_sequence
 
     inputs = open_inputs(config)
     arch = resolve(config.model, inputs.vocab_size, longest_sequence(config))
@@ -41,21 +41,26 @@ def _run(config: Config, line: load.CommandLine, world_size: int, rank: int) -> 
         for warning in check.warnings(config):
             print(f"warning: {warning}", file=sys.stderr)
     if line.dry_run:
+        from megatron_zebra.pipeline.split import stages_of
         from megatron_zebra.planning.summary import dry_run_text
 
-        print(dry_run_text(config, arch, world_size))
+        print(dry_run_text(config, arch, world_size, stages_of(config, arch)))
         return
     # torch and DeepSpeed only from here on: they take seconds to import.
     import contextlib
 
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a broken connection is told in one line, not in C++ frames
+    from megatron_zebra.parallel.agreement import facts
     from megatron_zebra.parallel.process import world
     from megatron_zebra.training.loop import train
 
     with locked(folder) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
             write_description(folder, config, world_size)
-        parallel = config.parallel
-        with world(parallel.device, parallel.timeout, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp) as grid:
+        parallel, same = config.parallel, facts(config.model_dump() | {"fingerprint of the data": inputs.fingerprint()})
+        with world(
+            parallel.device, parallel.timeout, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp, same=same
+        ) as grid:
             train(config, arch, inputs, folder, grid)
 
 

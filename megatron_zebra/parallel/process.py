@@ -4,7 +4,7 @@ import datetime
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_zebra.errors import UserError
+from megatron_zebra.parallel.agreement import agree
 from megatron_zebra.parallel.grid import Grid, make_grid
-from megatron_zebra.parallel.layout import Layout
+from megatron_zebra.parallel.layout import AXES, Layout
+from megatron_zebra.parallel.watch import Pace, watched
 
 
 def pick_device(wanted: str, local_rank: int) -> torch.device:
@@ -34,64 +36,82 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
 
 
 @contextmanager
-def world(wanted_device: str, timeout: float, *, tp: int = 1, cp: int = 1, pp: int = 1) -> Iterator[Grid]:
+def world(
+    wanted_device: str,
+    timeout: float,
+    *,
+    tp: int = 1,
+    cp: int = 1,
+    pp: int = 1,
+    same: Mapping[str, str] | None = None,
+    pace: Pace | None = None,
+) -> Iterator[Grid]:
     """Join the process group that torchrun's environment describes (alone without one), and leave it at the end.
 
-    A UserError that leaves it is told by one rank.
+    Within, a rank that dies or fails ends the others, each with a line that says who and in which collective it waited:
+    see ``parallel/watch.py``. A UserError that leaves it is told by one rank.
 
     Args:
         wanted_device: ``parallel.device``.
-        timeout: seconds that a collective may wait.
+        timeout: seconds that a collective may wait, and that the ranks wait for each other at the start.
         tp, cp, pp: ``parallel.tp`` and so on; data parallelism takes what is left.
+        same: facts that must be the same on all ranks.
+        pace: how closely the ranks watch each other.
 
     Raises:
-        UserError: the others cannot be reached.
+        UserError: the others cannot be reached, or were started with other facts.
+        RankLost: another rank died or failed.
     """
     alone = "RANK" not in os.environ
     rank, size = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = pick_device(wanted_device, local_rank)
-    _quiet_deepspeed(device)
-    import deepspeed
-
-    options: dict[str, Any] = {"timeout": datetime.timedelta(seconds=timeout)}
-    if alone:
-        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
-        dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1, **options)
+    layout = Layout.of(size, tp=tp, cp=cp, pp=pp)
+    limit = datetime.timedelta(seconds=timeout)
     try:
-        deepspeed.init_distributed(_backend(device), auto_mpi_discovery=False, verbose=False, **options)
+        store, keeper = (dist.HashStore(), 0) if alone else _store(rank, size, limit)
     except (RuntimeError, ValueError) as problem:
-        raise UserError(f"joining the other processes at {_address()}: {_short(problem)}", local_rank == 0) from None
-    try:
-        with told_by_one():
-            yield make_grid(Layout.of(size, tp=tp, cp=cp, pp=pp), rank, local_rank, device)
-    finally:
-        leave()
+        raise _unreached(problem, local_rank) from None
+    with watched(store, rank, size, lambda other: _name(layout, other), keeper, pace or Pace()) as watch:
+        # Before any collective: other numbers of ranks in a group, for one, would let all hang.
+        if size > 1:
+            agree(store, rank, size, same or {}, timeout)
+        device = pick_device(wanted_device, local_rank)
+        _quiet_deepspeed(device)
+        import deepspeed
+
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+        try:
+            dist.init_process_group(
+                _backend(device),
+                store=dist.PrefixStore("default_pg", store),
+                rank=rank,
+                world_size=size,
+                timeout=limit,
+            )
+            deepspeed.init_distributed(_backend(device), auto_mpi_discovery=False, verbose=False, timeout=limit)
+            grid = make_grid(layout, rank, local_rank, device)
+            watch.where = lambda: grid.traffic.current
+            yield grid
+        finally:
+            leave()
 
 
-@contextmanager
-def told_by_one() -> Iterator[None]:
-    """Let the first rank that meets a UserError tell it, and let those end quietly whose collectives it left."""
-    store = dist.distributed_c10d._get_default_store()
-    try:
-        yield
-    except UserError as error:
-        error.mine = store.add(_TOLD, 1) == 1
-        raise
-    except RuntimeError:
-        if not _is_told(store):
-            raise
-        raise UserError("another rank has told why the run ends", mine=False) from None
+def _store(rank: int, size: int, limit: datetime.timedelta) -> tuple[dist.Store, int | None]:
+    """Where the ranks meet, and the rank whose process keeps it (None: torchrun's). Does not wait for the others."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return next(dist.rendezvous("env://", timeout=limit))[0], None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, size, rank == 0, limit, wait_for_workers=False, multi_tenant=True)
+    return store, 0
 
 
-_TOLD = "megatron_zebra/told"  # in the group's store: how many ranks have met a UserError
+def _name(layout: Layout, rank: int) -> str:
+    place = layout.coordinates(rank)
+    return f"rank {rank} ({', '.join(f'{axis} {i}' for axis, i in zip(AXES, place))})"
 
 
-def _is_told(store: dist.Store) -> bool:
-    try:
-        return store.check([_TOLD])
-    except RuntimeError:  # the process that kept it has ended, and told why
-        return True
+def _unreached(problem: Exception, local_rank: int) -> UserError:
+    return UserError(f"joining the other processes at {_address()}: {_short(problem)}", local_rank == 0)
 
 
 def _address() -> str:
