@@ -9,7 +9,7 @@ import torch
 from megatron_zebra.attention.contract import attention
 from megatron_zebra.attention.segments import Segments
 from megatron_zebra.attention.window import Window, check_window
-from megatron_zebra.parallel.context.exchange import Arrive, Exchange, Fetch, Lend, Return
+from megatron_zebra.parallel.context.exchange import Arrive, Exchange, Fetch, Lend, Returns
 from megatron_zebra.parallel.context.refetch import Refetch
 from megatron_zebra.parallel.context.shard import ContextShard
 
@@ -61,22 +61,21 @@ def _by_heads(
     keep_fetched: bool,
 ) -> torch.Tensor:
     """One kernel call for each group of heads; the next group's keys are under way meanwhile, in both directions."""
-    returns: list[Return] = []
-    k, v = Lend.apply(k, v, returns)
-    queries = q.split(q.shape[1] // groups, 1)
+    returns = Returns(exchange, k)
+    ticket = Lend.apply(k, v, returns)
     size = k.shape[1] // groups
-    owned = list(zip(k.split(size, 1), v.split(size, 1)))
-    fetches = [partial(Fetch, exchange, own_k.detach(), own_v.detach()) for own_k, own_v in owned]
+    heads = [slice(g * size, (g + 1) * size) for g in range(groups)]
+    fetches = [partial(Fetch, exchange, k[:, h].detach(), v[:, h].detach()) for h in heads]
+    queries = q.split(q.shape[1] // groups, 1)
 
     coming, refetch = fetches[0](), None
     out = []
-    for g, own in enumerate(owned):
-        # Nothing here may hold a group's keys when the next group's arrive.
-        keys = Arrive.apply(*own, coming, slice(g * size, (g + 1) * size), returns)
+    for g in range(groups):
+        keys = Arrive.apply(ticket, coming, heads[g], returns)
         if g + 1 < groups:
             coming = fetches[g + 1]()
         refetch = None if keep_fetched else Refetch(fetches[g], refetch)
         with refetch.hooks(keys[0]) if refetch else nullcontext():
             out.append(kernel(queries[g], *keys))
-        del keys
+        del keys  # before the next group's keys are made
     return out[0] if groups == 1 else torch.cat(out, 1)

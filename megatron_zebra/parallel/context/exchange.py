@@ -1,14 +1,14 @@
 """Carrying out a plan: keys and values fetched from their owners, and their gradients returned, in one all-to-all each.
 
-In autograd a fetch is two nodes, so that gradients can travel while other groups of heads are still computed:
+In autograd a fetch is two nodes, so that gradients travel while other groups of heads are still computed:
 
-    k, v ── Lend ──┬── Arrive (heads 0) ── attention ──
-                   └── Arrive (heads 1) ── attention ──
+    k, v ── Lend ── ticket ──┬── Arrive (heads 0) ── attention ──
+                             └── Arrive (heads 1) ── attention ──
 
-The backward of an ``Arrive`` starts the return of its gradients; that of ``Lend``, which comes last, waits for them all and
-adds them up. The own keys go through both, so a rank that fetches nothing still takes part in every return.
+The backward of an ``Arrive`` starts the return of its gradients, that of ``Lend``, which comes last, waits for them; the
+ticket, an empty tensor, sees to that order. So a rank that fetches nothing still takes part in every return.
 
-All sums run in a fixed order: the uses of a token on one rank, then the ranks it was lent to, ascending.
+All sums run in a fixed order: the uses of a token on its own rank, then the ranks it was lent to, ascending.
 """
 
 from dataclasses import dataclass
@@ -62,86 +62,110 @@ class Fetch:
     def __init__(self, exchange: Exchange, k: torch.Tensor, v: torch.Tensor) -> None:
         self.exchange = exchange
         own = k.shape[0]
-        self._rows: torch.Tensor | None = k.new_empty((own + exchange.plan.received, 2, *k.shape[1:]))
-        torch.stack((k, v), 1, out=self._rows[:own])
-        self._sent: torch.Tensor | None = self._rows.index_select(0, exchange.send)
-        self._work = exchange.send_keys(self._sent, self._rows[own:])
+        self.rows: torch.Tensor | None = k.new_empty((own + exchange.plan.received, 2, *k.shape[1:]))
+        torch.stack((k, v), 1, out=self.rows[:own])
+        self._sent: torch.Tensor | None = self.rows.index_select(0, exchange.send)
+        self._work = exchange.send_keys(self._sent, self.rows[own:])
 
     @torch.no_grad()
     def finish(self) -> torch.Tensor:
         """Wait, and return the kernel's keys and values: [keys, 2, heads, D]. Only once: what was received is freed."""
-        assert self._rows is not None, "fetched twice"
+        assert self.rows is not None, "fetched twice"
         self.exchange.group.wait(self._work)
-        keys = self._rows.index_select(0, self.exchange.pick)
-        self._rows = self._sent = self._work = None
+        self._work = self._sent = None
+        keys = self.rows.index_select(0, self.exchange.pick)
+        self.rows = None
         return keys
 
 
 @dataclass(frozen=True, eq=False)
-class Return:
-    """Gradients of lent keys and values under way to this rank: ``rows`` [sum(send_counts), 2, heads, D]."""
+class _Coming:
+    """Gradients under way to the owner of lent keys: ``rows`` [sum(send_counts), 2, heads, D]."""
 
-    exchange: Exchange
     heads: slice
     rows: torch.Tensor
     work: dist.Work | None
     sent: torch.Tensor  # lives until the work is done
 
-    def add_to(self, d_k: torch.Tensor, d_v: torch.Tensor) -> None:
-        """Wait, and add them to d_k, d_v [T, Hkv, D]."""
-        self.exchange.group.wait(self.work)
-        for lent in self.exchange.lent:
-            tokens = self.exchange.send[lent]  # no token twice
-            for i, gradient in enumerate((d_k, d_v)):
-                gradient[tokens, self.heads] += self.rows[lent, i]
 
+class Returns:
+    """The gradients of one layer's own keys and values, as they come together in backward.
 
-class Lend(torch.autograd.Function):
-    """k, v [T, Hkv, D] -> the same. Backward adds what ``returns`` brings by then, in at least fp32, and empties it."""
-
-    @staticmethod
-    def forward(ctx: Any, k: torch.Tensor, v: torch.Tensor, returns: list[Return]) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.returns = returns
-        return k.view_as(k), v.view_as(v)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_k: torch.Tensor, d_v: torch.Tensor) -> tuple[Any, ...]:
-        wide = torch.promote_types(d_k.dtype, torch.float32)
-        sum_k, sum_v = d_k.to(wide, copy=True), d_v.to(wide, copy=True)
-        for returned in ctx.returns:
-            returned.add_to(sum_k, sum_v)
-        ctx.returns.clear()
-        return sum_k.to(d_k.dtype), sum_v.to(d_v.dtype), None
-
-
-class Arrive(torch.autograd.Function):
-    """Own k, v [T, heads, D] and a ``Fetch`` of them -> the kernel's k, v [keys, heads, D], two views of one storage.
-
-    Backward gives the gradients of the own use of own keys, and starts the return of the others' into ``returns``.
+    One return is under way at a time, while the next group of heads is computed. Sums are in at least fp32.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any, k: torch.Tensor, v: torch.Tensor, fetch: Fetch, heads: slice, returns: list[Return]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.exchange, ctx.heads, ctx.returns, ctx.tokens = fetch.exchange, heads, returns, k.shape[0]
-        keys = fetch.finish()
-        return keys[:, 0], keys[:, 1]
+    def __init__(self, exchange: Exchange, k: torch.Tensor) -> None:
+        """``k``: [T, Hkv, D] of all heads."""
+        self.exchange = exchange
+        tokens, *rest = k.shape
+        self._tokens, self._shape, self._dtype = tokens, (tokens, 2, *rest), k.dtype
+        self._sum: torch.Tensor | None = None
+        self._coming: _Coming | None = None
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_k: torch.Tensor, d_v: torch.Tensor) -> tuple[Any, ...]:
-        exchange: Exchange = ctx.exchange
+    def start(self, heads: slice, d_k: torch.Tensor, d_v: torch.Tensor) -> None:
+        """Take in the gradients of the kernel's keys and values [keys, heads, D], and send others theirs."""
+        exchange = self.exchange
 
         def used(use: torch.Tensor) -> torch.Tensor:
             return torch.stack((d_k.index_select(0, use), d_v.index_select(0, use)), 1)
 
         rows = used(exchange.first_use)
         if len(exchange.reused):
-            rows[exchange.reused] += used(exchange.second_use)
-        own, sent = rows[: ctx.tokens], rows[ctx.tokens :]
+            rows[exchange.reused] += used(exchange.second_use)  # no token twice
+        sent = rows[self._tokens :]
         out = rows.new_empty((len(exchange.send), *rows.shape[1:]))
-        work = exchange.return_gradients(sent, out)
-        ctx.returns.append(Return(exchange, ctx.heads, out, work, sent))
-        return own[:, 0], own[:, 1], None, None, None
+        coming = _Coming(heads, out, exchange.return_gradients(sent, out), sent)
+        if self._sum is None:
+            self._sum = rows.new_empty(self._shape, dtype=torch.promote_types(self._dtype, torch.float32))
+        self._sum[:, :, heads] = rows[: self._tokens]
+        self._settle()
+        self._coming = coming
+
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Wait for the last; d_k, d_v [T, Hkv, D]."""
+        self._settle()
+        assert self._sum is not None, "nothing was started"
+        d_k, d_v = self._sum.to(self._dtype).unbind(1)
+        self._sum = None
+        return d_k, d_v
+
+    def _settle(self) -> None:
+        if self._coming is None:
+            return
+        coming, self._coming = self._coming, None
+        self.exchange.group.wait(coming.work)
+        assert self._sum is not None
+        for lent in self.exchange.lent:
+            self._sum[self.exchange.send[lent], :, coming.heads] += coming.rows[lent]  # no token twice
+
+
+class Lend(torch.autograd.Function):
+    """k, v [T, Hkv, D] -> a ticket for every ``Arrive`` of them; backward gives what ``returns`` has brought by then."""
+
+    @staticmethod
+    def forward(ctx: Any, k: torch.Tensor, v: torch.Tensor, returns: Returns) -> torch.Tensor:
+        ctx.returns = returns
+        return k.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_ticket: torch.Tensor) -> tuple[Any, ...]:
+        return *ctx.returns.finish(), None
+
+
+class Arrive(torch.autograd.Function):
+    """A ticket and a ``Fetch`` of ``heads`` -> the kernel's k, v [keys, heads, D], two views of one storage."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ticket: torch.Tensor, fetch: Fetch, heads: slice, returns: Returns
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.heads, ctx.returns = heads, returns
+        keys = fetch.finish()
+        return keys[:, 0], keys[:, 1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_k: torch.Tensor, d_v: torch.Tensor) -> tuple[Any, ...]:
+        ctx.returns.start(ctx.heads, d_k, d_v)
+        return d_k.new_zeros(0), None, None, None

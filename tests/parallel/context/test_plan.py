@@ -26,10 +26,6 @@ def carried_out(plans: list[Plan], own: list[np.ndarray]) -> list[np.ndarray]:
     return [np.concatenate([parcels[source][p.rank] for source in range(len(plans))]) for p in plans]
 
 
-def key_positions(plan: Plan, own: np.ndarray, received: np.ndarray) -> np.ndarray:
-    return np.concatenate([own, received])[plan.pick]
-
-
 @st.composite
 def cases(draw: st.DrawFn):
     order = draw(st.sampled_from(["zigzag", "contiguous"]))
@@ -42,7 +38,7 @@ def cases(draw: st.DrawFn):
 
 
 @given(cases())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_every_visible_key_arrives_once_and_nothing_else_does_P03_P08_K03(case) -> None:
     cu, rows, length, cp, order, window = case
     seen = mask(cu, window)
@@ -52,25 +48,22 @@ def test_every_visible_key_arrives_once_and_nothing_else_does_P03_P08_K03(case) 
         needed = np.flatnonzero(seen[mine].any(axis=0))
         assert sorted(received.tolist()) == np.setdiff1d(needed, mine).tolist()
         assert plan.received == len(received)
-        check_segments(plan, mine, key_positions(plan, mine, received), seen)
+        check_segments(plan, mine, np.concatenate([mine, received])[plan.pick], seen, cu)
         check_uses(plan)
         assert np.array_equal(plan.sent, tokens_sent(cu, rows, length, cp, order, window))
         assert np.all(np.diagonal(plan.sent) == 0)
 
 
-def check_segments(plan: Plan, own: np.ndarray, keys: np.ndarray, seen: np.ndarray) -> None:
-    """Each segment is queries in order with consecutive keys that end at the last query and hold all that is seen."""
+def check_segments(plan: Plan, own: np.ndarray, keys: np.ndarray, seen: np.ndarray, cu: np.ndarray) -> None:
+    """Each segment is queries in order, and consecutive keys of one document: all that any of the queries sees."""
     assert plan.cu_q[0] == plan.cu_k[0] == 0
     assert (plan.cu_q[-1], plan.cu_k[-1]) == (len(own), len(keys))
     for a, b, c, d in zip(plan.cu_q, plan.cu_q[1:], plan.cu_k, plan.cu_k[1:]):
         queries, segment = own[a:b], keys[c:d]
         assert 0 < len(queries) <= len(segment)
-        assert np.array_equal(segment, np.arange(segment[0], queries[-1] + 1))
         assert np.array_equal(queries, segment[len(segment) - len(queries) :])
-        assert np.array_equal(np.flatnonzero(seen[queries[0]]), np.arange(segment[0], queries[0] + 1))
-        # No key beyond the first query's is of another document: a kernel masks by segment.
-        assert seen[queries[-1], queries].all() or len(queries) > 1
-        assert set(np.flatnonzero(seen[queries].any(axis=0))) == set(segment)
+        assert np.array_equal(segment, np.flatnonzero(seen[queries].any(axis=0)))
+        assert np.searchsorted(cu, segment[0], side="right") == np.searchsorted(cu, segment[-1], side="right")
 
 
 def check_uses(plan: Plan) -> None:
