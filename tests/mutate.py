@@ -35,6 +35,7 @@ class Mutation:
 
 
 RESUME = "tests/training/test_resume.py -k bit_for_bit"
+CONTEXT = "tests/parallel/context/test_attention.py -k one_process"
 MUTATIONS = [
     Mutation(
         "window one key short",
@@ -182,6 +183,72 @@ MUTATIONS = [
         "                files.sync(file)\n",
         "",
         "tests/checkpoint",
+    ),
+    Mutation(
+        "gradients of lent keys dropped",
+        "megatron_zebra/parallel/context/exchange.py",
+        "coming.heads] += coming.rows[lent]",
+        "coming.heads] += 0 * coming.rows[lent]",
+        CONTEXT,
+    ),
+    Mutation(
+        "gradient of a key's second use dropped",
+        "megatron_zebra/parallel/context/exchange.py",
+        "rows[exchange.reused] += used(exchange.second_use)",
+        "rows[exchange.reused] += 0 * used(exchange.second_use)",
+        CONTEXT,
+    ),
+    Mutation(
+        "fetched keys of another head group in backward",
+        "megatron_zebra/parallel/context/attend.py",
+        "Refetch(fetches[g], refetch)",
+        "Refetch(fetches[0], refetch)",
+        CONTEXT,
+    ),
+    Mutation(
+        "window not shifted across chunks",
+        "megatron_zebra/parallel/context/plan.py",
+        "pick = place[ranges(k_start, stop)]",
+        "pick = place[np.concatenate([np.roll(np.arange(k, s), k - q) for k, q, s in zip(k_start, q_start, stop)])]",
+        CONTEXT,
+    ),
+    Mutation(
+        "window one key short across chunks",
+        "megatron_zebra/parallel/context/plan.py",
+        "fetched_range(b, d, window)[0]",
+        "fetched_range(b, d, window and max(1, window - 1))[0]",
+        CONTEXT,
+    ),
+    Mutation(
+        "a local layer fetches as a global one does",
+        "megatron_zebra/parallel/context/plan.py",
+        "fetched_range(b, d, window)[0]",
+        "fetched_range(b, d, None)[0]",
+        "tests/parallel/context/test_plan.py",
+    ),
+    Mutation(
+        "documents see each other across ranks",
+        "megatron_zebra/parallel/context/plan.py",
+        'cu[np.searchsorted(cu, begins, side="right") - 1]',
+        "0 * begins",
+        "tests/parallel/context/test_plan.py",
+    ),
+    Mutation(
+        "the next head group is fetched after this one's attention",
+        "megatron_zebra/parallel/context/attend.py",
+        """        if g + 1 < groups:
+            coming = fetches[g + 1]()
+        refetch = None if keep_fetched else Refetch(fetches[g], refetch)
+        with refetch.hooks(keys[0]) if refetch else nullcontext():
+            out.append(kernel(queries[g], *keys))
+""",
+        """        refetch = None if keep_fetched else Refetch(fetches[g], refetch)
+        with refetch.hooks(keys[0]) if refetch else nullcontext():
+            out.append(kernel(queries[g], *keys))
+        if g + 1 < groups:
+            coming = fetches[g + 1]()
+""",
+        "tests/parallel/context/test_traffic.py",
     ),
 ]
 
