@@ -214,10 +214,11 @@ def _batch(config: Config, world_size: int) -> Iterator[str]:
     # Which of them are possible depends on dp, which an impossible layout leaves open.
     if world_size % ranks_per_replica(parallel) == 0:
         dp, micro = world_size // ranks_per_replica(parallel), training.micro_batch_size
+        who = "processes" if dp == world_size else "data-parallel ranks"
         for path, size in sizes:
             if size < dp * micro:
                 yield (
-                    f"{path} = {size}: feeds at most {size // micro} data-parallel ranks of training.micro_batch_size = {micro} rows, not {dp} "
+                    f"{path} = {size}: feeds at most {size // micro} {who} of training.micro_batch_size = {micro} rows, not {dp} "
                     f"(use fewer processes, or at least {dp * micro})"
                 )
             elif size % (dp * micro):

@@ -24,10 +24,15 @@ def from_megatron(window_attn_skip_freq: int | Sequence[int], num_layers: int) -
     return tuple("local" if windowed else "global" for windowed in window_attn_skip_freq)
 
 
+def cells(kinds: Sequence[LayerKind]) -> str:
+    """The pattern as text, one cell a layer."""
+    return "".join("█" if kind == "global" else "░" for kind in kinds)
+
+
 def stripes(kinds: Sequence[LayerKind], window_size: int) -> str:
-    """The pattern as text, one cell a layer, for logs and dry runs."""
-    cells = "".join("█" if kind == "global" else "░" for kind in kinds)
+    """The pattern as lines of cells with what they mean, for logs and dry runs."""
+    drawn = cells(kinds)
     count = sum(kind == "global" for kind in kinds)
-    lines = [f"  layer {start:4d}  {cells[start : start + 64]}" for start in range(0, len(cells), 64)]
+    lines = [f"  layer {start:4d}  {drawn[start : start + 64]}" for start in range(0, len(drawn), 64)]
     lines.append(f"  █ {count} global (all keys)   ░ {len(kinds) - count} local (itself and {window_size} keys before)")
     return "\n".join(lines)

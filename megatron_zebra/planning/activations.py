@@ -2,16 +2,27 @@
 
 Follows the code of ``model/`` tensor by tensor; tests/planning/test_activations.py holds it against the running model.
 Sizes are per token: h hidden, q = heads x head_dim, kv = kv_heads x head_dim, f MLP width, H heads, V vocabulary;
-e = bytes of an element (2 in bf16). A moment is a place in the step where memory can be highest:
+e = bytes of an element (2 in bf16). Under tensor parallelism q, kv, f, H and V are a rank's part, and what lies between
+layers has 1/tp of the tokens; the inputs of column-parallel layers have all of them. A moment is a place in the step
+where memory can be highest:
 
     loss       end of the forward: everything kept, and the loss's chunk of logits with the head's fp32 gradient
     mlp        backward of the last block's SwiGLU
     attention  backward of the last block's attention (where the kernel may be run again)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from megatron_zebra.attention.window import Window, fetched_range
+from megatron_zebra.config.sections import Parallel
 from megatron_zebra.model.architecture import Architecture
+from megatron_zebra.parallel.context.layout import stretches
+from megatron_zebra.parallel.context.plan import tokens_sent
+from megatron_zebra.parallel.sharding import Sharding
+from megatron_zebra.planning.parameters import heads_used
 
 FP32 = 4
 CPU_TILE_BYTES = 24 << 20
@@ -50,81 +61,159 @@ def activations(
     recompute: str,
     loss_chunk_size: int,
     on_cpu: bool,
+    parallel: Parallel | None = None,
+    layers: Sequence[int] | None = None,
+    rows: int = 1,
 ) -> Activations:
-    """Activations of a micro-batch of ``tokens`` (all its rows).
+    """Activations of a micro-batch of ``tokens`` (all its rows) on one rank.
 
     Args:
         element_bytes: 2 in bf16, 4 in fp32.
         recompute: ``training.recompute``.
         on_cpu: RMSNorm is several kernels there, which keep its input and the normalised input in fp32 (one on CUDA,
             which keeps its input), and adding bf16 to fp32 makes a copy in fp32.
+        parallel: tp, and how cp fetches keys; None: neither.
+        layers: those of a pipeline stage (the last layer's also has the loss); None: all.
+        rows: of the micro-batch, each one document.
     """
-    e, h, f = element_bytes, arch.hidden_size, arch.ffn_hidden_size
-    block = _block(arch, e, recompute, on_cpu)
-    layers = (h * e if recompute == "full" else block) * arch.num_layers + _rope(arch)
-    before_loss = layers + _norm(h, e, on_cpu) + h * e + FP32
-    head = arch.vocab_size * h * FP32
+    parallel, held = parallel or Parallel(), range(arch.num_layers) if layers is None else layers
+    rank = _Rank(arch, parallel, element_bytes, recompute, on_cpu, tokens // parallel.cp, rows)
+    e, tp, h, f, own = element_bytes, rank.tp, arch.hidden_size, rank.f, rank.tokens
+    last = held[-1] == arch.num_layers - 1
+    block = rank.block()
+    per_layer = h * e // tp if recompute == "full" else block
+    fetched = sum(rank.fetched_kept(arch.window(layer)) for layer in held)
+    stack = (per_layer * len(held) + rank.rope()) * own + fetched
+    kept = stack
     # Of the block that full recomputation makes again, the input was kept; where the norm keeps a copy, that is new.
-    again = block - (h * e if not on_cpu or e == FP32 else 0) if recompute == "full" else 0
-    # The gradient of the residual stream (h) lives beside what is kept.
-    mlp = layers + again + (h + 3 * f) * e
-    attention = layers + again - _mlp_kept(arch, e, on_cpu) + h * e
-    return Activations(
-        kept=before_loss * tokens + head,
-        peaks={
-            "loss": (before_loss + h * e) * tokens + head + _loss_working(arch, loss_chunk_size, tokens, e, on_cpu),
-            "mlp": mlp * tokens,
-            "attention": attention * tokens + _attention_working(arch, tokens, e, recompute, on_cpu),
-        },
-    )
+    again = block - (h * e // tp if not on_cpu or e == FP32 else 0) if recompute == "full" else 0
+    # The gradient of the residual stream (h) lives beside what is kept; under tp also gathered.
+    residual = h * e // tp + (h * e if tp > 1 else 0)
+    peaks = {
+        "mlp": stack + (again + residual + 3 * f * e) * own,
+        "attention": stack + (again - rank.mlp_kept() + residual) * own + rank.attention_working(held),
+    }
+    if last:
+        kept += (rank.norm(h) // tp + h * e + FP32) * own + rank.vocab * h * FP32
+        peaks["loss"] = kept + h * e * own + rank.loss_working(loss_chunk_size)
+    return Activations(kept, peaks)
 
 
-def _norm(width: int, e: int, on_cpu: bool, count: int = 1) -> int:
-    """What RMSNorm of ``count`` rows of ``width`` keeps: its input, or in fp32 that and the normalised input."""
-    return count * ((2 * width * FP32 if on_cpu else width * e) + FP32)
+@dataclass(frozen=True)
+class _Rank:
+    """The sizes of one rank's part, and the formulas over them. ``tokens``: of its part of the sequence."""
+
+    arch: Architecture
+    parallel: Parallel
+    e: int
+    recompute: str
+    on_cpu: bool
+    tokens: int
+    rows: int
+
+    @property
+    def tp(self) -> int:
+        return self.parallel.tp
+
+    @property
+    def heads(self) -> int:
+        return heads_used(self.arch, self.tp)[0]
+
+    @property
+    def q(self) -> int:
+        return self.heads * self.arch.head_dim
+
+    @property
+    def kv(self) -> int:
+        return heads_used(self.arch, self.tp)[1] * self.arch.head_dim
+
+    @property
+    def f(self) -> int:
+        return self.arch.ffn_hidden_size // self.tp
+
+    @property
+    def vocab(self) -> int:
+        sharding = Sharding(self.tp, 0, self.arch.num_kv_heads, self.parallel.vocab_multiple)
+        return sharding.box("head.weight", (self.arch.vocab_size, self.arch.hidden_size)).shape[0]
+
+    def norm(self, width: int, count: int = 1) -> int:
+        """What RMSNorm of ``count`` rows of ``width`` keeps: its input, or in fp32 that and the normalised input."""
+        return count * ((2 * width * FP32 if self.on_cpu else width * self.e) + FP32)
+
+    def mlp_kept(self) -> int:
+        """Second half of a block: the norm's, normed, gate, up, their product."""
+        h = self.arch.hidden_size
+        return self.norm(h) // self.tp + (h + 3 * self.f) * self.e
+
+    def block(self) -> int:
+        """What a block keeps for its backward, a token."""
+        h, (heads, kv_heads) = self.arch.hidden_size, heads_used(self.arch, self.tp)
+        qk_norm = self.norm(self.arch.head_dim, heads + kv_heads) if self.arch.qk_norm else 0
+        log_sum = 0 if self.recompute == "attention" else heads * FP32
+        attention = self.norm(h) // self.tp + qk_norm + (h + 2 * self.q + 2 * self.kv) * self.e + log_sum
+        return attention + self.mlp_kept()
+
+    def rope(self) -> int:
+        """cos and sin in fp32, once for all layers of a kind (once for both if they turn alike)."""
+        rope = self.arch.rope
+        return (1 if rope["global"] == rope["local"] else 2) * self.arch.head_dim * FP32
+
+    def keys(self, window: Window) -> tuple[int, int]:
+        """(keys that the kernel is given, tokens received for them) on the rank that has most; without cp its own, 0."""
+        return _keys(self.parallel, self.tokens * self.parallel.cp // self.rows, self.rows, window)
+
+    def fetched_kept(self, window: Window) -> int:
+        """Of a layer: keys and values that the kernel keeps beyond the rank's own."""
+        if self.recompute != "none" or (window is None and not self.parallel.cp_keep_fetched):
+            return 0
+        return (self.keys(window)[0] - self.tokens) * 2 * self.kv * self.e
+
+    def attention_working(self, held: Sequence[int]) -> int:
+        """Of the last block; where keys are fetched, of the kind of layer that needs most."""
+        if self.parallel.cp == 1:
+            return self._attention_working(self.arch.window(held[-1]))
+        return max(self._attention_working(window) for window in {self.arch.window(layer) for layer in held})
+
+    def _attention_working(self, window: Window) -> int:
+        """The kernel's: gradients of the output, q, k and v, its own space, and what is made or fetched again."""
+        heads, q, kv, e, tokens = self.heads, self.q, self.kv, self.e, self.tokens
+        keys, received = self.keys(window)
+        groups = self.parallel.cp_head_groups if self.parallel.cp > 1 and window is None else 1
+        again = (2 * q + kv) * e + heads * FP32 if self.recompute == "attention" else 0
+        exchanged = 0
+        if self.parallel.cp > 1:
+            refetched = keys if self.recompute != "none" or not (window or self.parallel.cp_keep_fetched) else 0
+            exchanged = (refetched + tokens + received) * 2 * kv * e // groups
+        if not self.on_cpu:
+            # flash-attn: dq summed in fp32, a factor a query, and dk, dv of every query head before they are added up.
+            own = tokens * (2 * q * e + q * FP32 + heads * FP32 + again)
+            return own + keys * (2 * kv * e + (2 * q * e if q > kv else 0)) // groups + exchanged
+        sums = tokens * (2 * q * e + again) + keys * 2 * kv * FP32 // groups
+        if window is None:
+            return sums + tokens * q * e + keys * 2 * kv * e // groups + exchanged
+        # A window layer's tiles overlap in their keys, and are computed some at a time.
+        return sums + min(tokens * (q + 6 * kv) * e, CPU_TILE_BYTES) + exchanged
+
+    def loss_working(self, chunk_size: int) -> int:
+        """Of a chunk: logits in fp32, the exponentials beside them, and (from the second chunk) the last chunk's logits."""
+        e, logits = self.e, min(chunk_size, self.tokens) * self.vocab
+        before = 0 if chunk_size >= self.tokens else FP32 + (e if e < FP32 else 0)
+        exponentials = logits * (2 * FP32 + before)
+        if e == FP32:
+            return exponentials
+        # In bf16 the head's gradient of a chunk is made in bf16, then added to the fp32 sum.
+        head = self.vocab * self.arch.hidden_size
+        return max(exponentials, logits * (FP32 + e) + head * (e + (FP32 if self.on_cpu else 0)))
 
 
-def _mlp_kept(arch: Architecture, e: int, on_cpu: bool) -> int:
-    """Second half of a block: the norm's, normed, gate, up, their product."""
-    return _norm(arch.hidden_size, e, on_cpu) + (arch.hidden_size + 3 * arch.ffn_hidden_size) * e
-
-
-def _block(arch: Architecture, e: int, recompute: str, on_cpu: bool) -> int:
-    """What a block keeps for its backward, a token."""
-    h, q, kv = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    qk_norm = _norm(arch.head_dim, e, on_cpu, arch.num_heads + arch.num_kv_heads) if arch.qk_norm else 0
-    log_sum = 0 if recompute == "attention" else arch.num_heads * FP32
-    attention = _norm(h, e, on_cpu) + qk_norm + (h + 2 * q + 2 * kv) * e + log_sum
-    return attention + _mlp_kept(arch, e, on_cpu)
-
-
-def _rope(arch: Architecture) -> int:
-    """cos and sin in fp32, once for all layers of a kind (once for both if they turn alike)."""
-    return (1 if arch.rope["global"] == arch.rope["local"] else 2) * arch.head_dim * FP32
-
-
-def _attention_working(arch: Architecture, tokens: int, e: int, recompute: str, on_cpu: bool) -> int:
-    """Bytes of the last block's kernel: gradients of the output, q, k and v, its own space, and what is made again."""
-    heads, q, kv = arch.num_heads, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    again = (2 * q + kv) * e + heads * FP32 if recompute == "attention" else 0
-    if not on_cpu:
-        # flash-attn: dq summed in fp32, a factor a query, and dk, dv of every query head before they are added up.
-        own = q * FP32 + heads * FP32 + (2 * q * e if q > kv else 0)
-        return tokens * (2 * q * e + 2 * kv * e + own + again)
-    sums = tokens * (2 * q * e + 2 * kv * FP32 + again)
-    if arch.layer_kinds[-1] == "global":
-        return sums + tokens * (q + 2 * kv) * e
-    # A window layer's tiles overlap in their keys, and are computed some at a time.
-    return sums + min(tokens * (q + 6 * kv) * e, CPU_TILE_BYTES)
-
-
-def _loss_working(arch: Architecture, chunk_size: int, tokens: int, e: int, on_cpu: bool) -> int:
-    """Of a chunk: logits in fp32, the exponentials beside them, and (from the second chunk) the last chunk's logits."""
-    logits = min(chunk_size, tokens) * arch.vocab_size
-    before = 0 if chunk_size >= tokens else FP32 + (e if e < FP32 else 0)
-    exponentials = logits * (2 * FP32 + before)
-    if e == FP32:
-        return exponentials
-    # In bf16 the head's gradient of a chunk is made in bf16, then added to the fp32 sum.
-    head = arch.vocab_size * arch.hidden_size
-    return max(exponentials, logits * (FP32 + e) + head * (e + (FP32 if on_cpu else 0)))
+def _keys(parallel: Parallel, length: int, rows: int, window: Window) -> tuple[int, int]:
+    """See ``_Rank.keys``; rows of ``length`` tokens, each one document."""
+    cp, order = parallel.cp, parallel.cp_order
+    if cp == 1:
+        return rows * length, 0
+    given = [
+        sum(stop - fetched_range(start, 0, window)[0] for start, stop in stretches(rank, cp, 1, length, order).tolist())
+        for rank in range(cp)
+    ]
+    sent = tokens_sent(np.array([0, length]), 1, length, cp, order, window)
+    return rows * max(given), rows * int(sent.sum(axis=0).max())

@@ -73,6 +73,17 @@ def step_bytes(
     return Counter({name: value for name, value in total.items() if value})
 
 
+def busiest_bytes(arch: Architecture, config: Config, layout: Layout, stages: Stages) -> Counter[str]:
+    """``step_bytes`` of the rank that receives most, every row one document."""
+    length = config.data.sequence_length
+    rows = np.arange(config.training.micro_batch_size + 1) * length
+    windows = Counter(map(arch.window, range(arch.num_layers)))
+    fetched = sum(count * context_bytes(arch, config, window, rows, length) for window, count in windows.items())
+    cp_rank = int(np.argmax(fetched))
+    of_ranks = (step_bytes(arch, config, layout, stages, pp_rank, cp_rank) for pp_rank in range(layout.pp))
+    return max(of_ranks, key=lambda received: received.total())
+
+
 def context_bytes(
     arch: Architecture, config: Config, window: Window, cu_seqlens: npt.ArrayLike, sequence_length: int
 ) -> Int64:

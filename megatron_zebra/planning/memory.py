@@ -1,7 +1,7 @@
 """Memory of one rank in a training step, by part. Pure: no torch.
 
-P parameters, dp ranks, e = bytes of a weight (4 in fp32, 2 in bf16), B = DeepSpeed's reduce_bucket_size (elements).
-Gradients are summed in fp32 in both precisions; the optimizer is AdamW with two fp32 moments, and fp32 masters
+P parameters of a rank (its tensor-parallel part of its stages' layers), dp ranks that ZeRO divides over (dp x cp), e =
+bytes of a weight (4 in fp32, 2 in bf16), B = DeepSpeed's reduce_bucket_size (elements). Gradients are summed in fp32 in both precisions; the optimizer is AdamW with two fp32 moments, and fp32 masters
 wherever the weights cannot be their own:
 
     ZeRO   weights                   gradients   masters                  moments
@@ -20,10 +20,13 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from megatron_zebra.config.derived import longest_sequence
 from megatron_zebra.config.sections import Config
 from megatron_zebra.model.architecture import Architecture
+from megatron_zebra.parallel.layout import Layout
 from megatron_zebra.planning.activations import Activations, activations
-from megatron_zebra.planning.parameters import parameter_count
+from megatron_zebra.planning.parameters import held_parameters, weight_bytes
+from megatron_zebra.planning.stages import Stages, in_flight
 
 FP32 = 4
 LIVE_PARAMETERS = 10**9
@@ -55,31 +58,75 @@ class Memory:
         return next(part.bytes for part in self.parts if part.name == name)
 
 
-def training_memory(arch: Architecture, config: Config, dp: int, tokens: int, on_cpu: bool = False) -> Memory:
+def memory_by_rank(
+    arch: Architecture, config: Config, layout: Layout, stages: Stages, on_cpu: bool = False
+) -> list[Memory]:
+    """What a rank of each pipeline rank needs, at the longest rows of the run: [pp]."""
+    tokens = config.training.micro_batch_size * longest_sequence(config)
+    return [
+        training_memory(arch, config, layout.dp * layout.cp, tokens, on_cpu, stages, rank, layout.dp)
+        for rank in range(stages.pp)
+    ]
+
+
+def training_memory(
+    arch: Architecture,
+    config: Config,
+    dp: int,
+    tokens: int,
+    on_cpu: bool = False,
+    stages: Stages | None = None,
+    pp_rank: int = 0,
+    readers: int | None = None,
+) -> Memory:
     """What one of ``dp`` ranks needs.
 
     Args:
-        tokens: of a micro-batch, all its rows.
+        dp: ranks that ZeRO divides over (dp x cp).
+        tokens: of a micro-batch, all its rows, before context parallelism divides them.
         on_cpu: see ``activations``.
+        stages, pp_rank: which of the pipeline's layers the rank holds; None: all.
+        readers: data-parallel ranks without context parallelism, among which the global batch is divided; None: ``dp``.
     """
-    training, stage = config.training, config.optimizer.zero_stage
-    e = 2 if training.precision == "bf16" else FP32
-    parameters = parameter_count(arch)
-    found = activations(
-        arch,
-        tokens,
-        element_bytes=e,
-        recompute=training.recompute,
-        loss_chunk_size=training.loss_chunk_size,
-        on_cpu=on_cpu,
-    )
-    parts = [*state_parts(parameters, e, stage, dp), *_activation_parts(found, training.recompute)]
+    parallel, training, stage = config.parallel, config.training, config.optimizer.zero_stage
+    e = weight_bytes(config)
+    stages = stages or Stages.whole(arch.num_layers)
+    parameters = held_parameters(arch, parallel, stages, pp_rank)
+    micro_batches = max(1, training.global_batch_size // (training.micro_batch_size * (readers or dp)))
+    filled = in_flight(stages, parallel.pp_schedule, micro_batches, pp_rank)
+    parts = state_parts(parameters, e, stage, dp)
+    if config.optimizer.offload and stage > 0:
+        parts[-1] = Part("optimizer", 0, f"{parts[-1].note}: {parts[-1].bytes / 2**30:.2f} GiB of host memory")
+    found = {
+        number: activations(
+            arch,
+            tokens,
+            element_bytes=e,
+            recompute=training.recompute,
+            loss_chunk_size=training.loss_chunk_size,
+            on_cpu=on_cpu,
+            parallel=parallel,
+            layers=stages.layers[number],
+            rows=training.micro_batch_size,
+        )
+        for number in filled
+    }
+    kept = sum(found[number].kept * count for number, count in filled.items())
+    fullest = max(found.values(), key=lambda of_stage: of_stage.working)
+    parts += _activation_parts(kept, fullest, config, sum(map(len, (stages.layers[number] for number in filled))))
+    if len(stages) > 1:
+        hidden = tokens // (parallel.cp * parallel.tp) * arch.hidden_size * e
+        ends = (0 in filled) + (len(stages) - 1 in filled)
+        buffers = (2 * len(filled) - ends) * micro_batches + sum(filled.values())
+        parts.append(
+            Part("pipeline", buffers * hidden, "hidden states and gradients on their way, of every micro-batch")
+        )
     buffers = reduction_buffers(
         parameters, e, stage, _zero_setting(config, "reduce_bucket_size", reduce_bucket_size(parameters))
     )
     if stage == 1:
         # They are there when the activations are not.
-        buffers = max(buffers - found.peak, 0)
+        buffers = max(buffers - kept - fullest.working, 0)
     parts.append(Part("reduction buffers", buffers, "gradients on their way between ranks, beyond the above"))
     allowance = ALLOWANCE_BYTES + int(ALLOWANCE_SHARE * sum(part.bytes for part in parts))
     parts.append(Part("allowance", allowance, "5% for fragmentation, 1 GiB for the device's and communication's own"))
@@ -125,11 +172,15 @@ def reduction_buffers(parameters: int, element_bytes: int, stage: int, bucket: i
     return own + filled * (FP32 if e == FP32 else FP32 + e)
 
 
-def _activation_parts(found: Activations, recompute: str) -> list[Part]:
+def _activation_parts(kept: int, fullest: Activations, config: Config, layers: int) -> list[Part]:
     where = {"loss": "in the loss", "mlp": "in an MLP's backward", "attention": "in an attention's backward"}
+    note = f"kept from forward for backward, recompute = {config.training.recompute}"
+    if config.training.offload_activations:
+        # One layer's are in use while the next one's are copied.
+        note, kept = f"of two layers; {kept / 2**30:.2f} GiB in host memory", kept * min(2, layers) // layers
     return [
-        Part("activations", found.kept, f"kept from forward for backward, recompute = {recompute}"),
-        Part("working memory", found.working, f"beyond them at the highest moment, {where[found.highest]}"),
+        Part("activations", kept, note),
+        Part("working memory", fullest.working, f"beyond them at the highest moment, {where[fullest.highest]}"),
     ]
 
 

@@ -3,10 +3,16 @@
 import itertools
 from math import prod
 
+import numpy as np
+
+from megatron_zebra.config.derived import longest_sequence, ranks_per_replica
 from megatron_zebra.config.load import to_yaml
 from megatron_zebra.config.sections import Config
 from megatron_zebra.model.architecture import Architecture
-from megatron_zebra.model.pattern import stripes
+from megatron_zebra.model.pattern import cells, stripes
+from megatron_zebra.parallel.context.layout import stretches
+from megatron_zebra.parallel.layout import Layout
+from megatron_zebra.planning.communication import busiest_bytes, context_bytes
 from megatron_zebra.planning.flops import (
     CONVENTION,
     forward_flops,
@@ -15,18 +21,27 @@ from megatron_zebra.planning.flops import (
     train_flops,
     uncut_flops,
 )
-from megatron_zebra.planning.memory import training_memory
+from megatron_zebra.planning.memory import memory_by_rank
 from megatron_zebra.planning.parameters import parameter_count
+from megatron_zebra.planning.stages import Stages
 
 
-def dry_run_text(config: Config, arch: Architecture, world_size: int) -> str:
-    """The resolved configuration and what it comes to: stripes, parameters, who does what, memory, FLOPs, tokens."""
+def dry_run_text(config: Config, arch: Architecture, world_size: int, stages: Stages) -> str:
+    """The resolved configuration and what it comes to: layers, parameters, who is where and does what, memory, bytes
+    between ranks, FLOPs, tokens.
+
+    Args:
+        stages: of the pipeline (``pipeline.split.stages_of``).
+    """
+    parallel = config.parallel
+    layout = Layout.of(world_size, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp)
     sections = [
         ("resolved configuration", to_yaml(config).rstrip().splitlines()),
-        ("layers", stripes(arch.layer_kinds, arch.window_size).splitlines()),
+        ("layers", [*stripes(arch.layer_kinds, arch.window_size).splitlines(), *_stages(arch, stages)]),
         ("parameters", _parameters(arch)),
-        (f"ranks: {world_size}", _ranks(config, world_size)),
-        (_memory_title(config), _memory(config, arch, world_size)),
+        (f"ranks: {world_size}" + (f" = {layout}" if world_size > 1 else ""), _ranks(config, layout)),
+        (_memory_title(config), _memory(config, arch, layout, stages)),
+        *([(_bytes_title(config), _communication(config, arch, layout, stages))] if world_size > 1 else []),
         (_flops_title(config), _flops(config, arch)),
         ("tokens", _tokens(config)),
     ]
@@ -49,11 +64,6 @@ def run_tokens(config: Config) -> int:
         length = _value_at(start, lengths, config.data.sequence_length)
         total += (end - start) * length * _value_at(start, batches, config.training.global_batch_size)
     return total
-
-
-def longest_row(config: Config) -> int:
-    """Tokens of the longest row of the run."""
-    return max([config.data.sequence_length, *(phase.sequence_length for phase in config.data.sequence_schedule)])
 
 
 def _value_at(step: int, phases: list[tuple[int, int]], afterwards: int) -> int:
@@ -79,33 +89,127 @@ def _parameters(arch: Architecture) -> list[str]:
     )
 
 
-def _ranks(config: Config, world_size: int) -> list[str]:
+def _stages(arch: Architecture, stages: Stages) -> list[str]:
+    """Who holds which layers in a pipeline."""
+    if len(stages) == 1:
+        return []
+    mean = sum(stages.costs) / len(stages)
+    lines = ["  stage  rank  cost / mean  layers"]
+    shown = _some(len(stages), 16)
+    for stage in shown:
+        if stage is None:
+            lines.append("    ...")
+            continue
+        held = stages.layers[stage]
+        numbers = f"{held[0]}-{held[-1]}" if len(held) > 1 else f"{held[0]}"
+        pattern = cells([arch.layer_kinds[layer] for layer in held])
+        ends = (" + embedding" if stage == 0 else "") + (" + norm, head" if stage == len(stages) - 1 else "")
+        cost = stages.costs[stage] / mean
+        lines.append(f"  {stage:5d}  {stages.ranks[stage]:4d}  {cost:11.3f}  {numbers:8} {pattern}{ends}")
+    return [*lines, f"  the slowest rank costs {stages.slowest_over_mean:.3f} x the mean"]
+
+
+def _ranks(config: Config, layout: Layout) -> list[str]:
     training, stage = config.training, config.optimizer.zero_stage
-    rows = training.global_batch_size // world_size
+    rows = training.global_batch_size // layout.dp
     shared = {0: "nothing", 1: "the optimizer", 2: "optimizer and gradients", 3: "optimizer, gradients and weights"}[
         stage
     ]
     micro = rows // training.micro_batch_size
+    who = "rank r" if ranks_per_replica(config.parallel) == 1 else "data-parallel rank d"
+    every = layout.dp
+    over = layout.dp * layout.cp
     return [
-        f"  rank r reads rows r, r + {world_size}, ... of each global batch: {rows} rows, in {micro} micro-batches of {training.micro_batch_size}"
-        if world_size > 1
-        else f"  one rank reads all {rows} rows, in {micro} micro-batches of {training.micro_batch_size}",
-        f"  ZeRO-{stage} divides {shared} over {world_size} data-parallel rank{'s' if world_size > 1 else ''}",
+        *(_grid(layout) if ranks_per_replica(config.parallel) > 1 else []),
+        *(_token_shares(config) if layout.cp > 1 else []),
+        f"  {who} reads rows {who[-1]}, {who[-1]} + {every}, ... of each global batch: {rows} rows, in {micro} micro-batches of {training.micro_batch_size}"
+        if every > 1
+        else f"  {'every' if layout.world_size > 1 else 'one'} rank reads all {rows} rows, in {micro} micro-batches of {training.micro_batch_size}",
+        f"  ZeRO-{stage} divides {shared} over {over} {'dp x cp' if layout.cp > 1 else 'data-parallel'} rank{'s' if over > 1 else ''}",
     ]
 
 
+def _grid(layout: Layout) -> list[str]:
+    """Ranks by their coordinates: a line for each pp and dp, a column for each cp, in a cell those of tp."""
+    ranks = layout.ranks()
+
+    def cell(pp: int, dp: int, cp: int) -> str:
+        first, last = ranks[pp, dp, cp, 0], ranks[pp, dp, cp, -1]
+        return f"{first}-{last}" if last > first else f"{first}"
+
+    columns, width = _some(layout.cp, 6), max(len(cell(-1, -1, -1)), 6)
+    lines = ["  " + " " * 14 + "  ".join("..." if c is None else f"{f'cp {c}':<{width}}" for c in columns)]
+    for pp in _some(layout.pp, 3):
+        for dp in _some(layout.dp, 3) if pp is not None else [None]:
+            if pp is None or dp is None:
+                lines.append(f"    {'' if pp is None else '      '}...")
+                continue
+            shown = ("..." if c is None else f"{cell(pp, dp, c):<{width}}" for c in columns)
+            lines.append(f"  {f'pp {pp}' if dp == 0 else '':<6} {f'dp {dp}':<6} " + "  ".join(shown))
+    return [line.rstrip() for line in lines] if layout.cp > 1 else [line.rstrip() for line in lines[1:]]
+
+
+def _token_shares(config: Config) -> list[str]:
+    """Which tokens of a row each context-parallel rank holds."""
+    parallel, length = config.parallel, config.data.sequence_length
+    shares = []
+    for rank in _some(parallel.cp, 3):
+        if rank is None:
+            shares.append("...")
+            continue
+        held = stretches(rank, parallel.cp, 1, length, parallel.cp_order).tolist()
+        shares.append(f"cp {rank}: " + " and ".join(f"{start:,}-{stop - 1:,}" for start, stop in held))
+    return [f"  tokens of a row ({parallel.cp_order}): " + ";  ".join(shares)]
+
+
 def _memory_title(config: Config) -> str:
-    rows, length = config.training.micro_batch_size, longest_row(config)
+    rows, length = config.training.micro_batch_size, longest_sequence(config)
     where = "the CPU" if config.parallel.device == "cpu" else "a GPU"
     return f"memory of a rank, estimated for {where} (micro-batch of {rows} x {length:,} tokens, {config.training.precision})"
 
 
-def _memory(config: Config, arch: Architecture, world_size: int) -> list[str]:
-    tokens = config.training.micro_batch_size * longest_row(config)
-    on_cpu = config.parallel.device == "cpu"
-    memory = training_memory(arch, config, world_size, tokens, on_cpu=on_cpu)
+def _memory(config: Config, arch: Architecture, layout: Layout, stages: Stages) -> list[str]:
+    found = memory_by_rank(arch, config, layout, stages, on_cpu=config.parallel.device == "cpu")
+    memory = max(found, key=lambda of_rank: of_rank.total)
     rows = [(part.name, _bytes(part.bytes), part.note) for part in memory.parts]
-    return _table([*rows, ("total", _bytes(memory.total), "")])
+    note = f"pipeline rank {found.index(memory)} of {layout.pp}, which needs most" if layout.pp > 1 else ""
+    lines = _table([*rows, ("total", _bytes(memory.total), note)])
+    if layout.pp > 1:
+        totals = ("..." if rank is None else _bytes(found[rank].total) for rank in _some(layout.pp, 8))
+        lines.append("  by pipeline rank: " + ", ".join(totals))
+    return lines
+
+
+def _bytes_title(config: Config) -> str:
+    rows, length = config.training.global_batch_size, config.data.sequence_length
+    return f"bytes that the busiest rank receives in a step ({rows} rows x {length:,} tokens, each row one document)"
+
+
+def _communication(config: Config, arch: Architecture, layout: Layout, stages: Stages) -> list[str]:
+    length = config.data.sequence_length
+    row = np.arange(config.training.micro_batch_size + 1) * length
+    busiest = busiest_bytes(arch, config, layout, stages)
+    notes = {
+        "tp": "activations, gathered and summed",
+        "pp": "hidden states and their gradients",
+        "ends": "the tied weight's gradient",
+        "data": "gradients and weights",
+    }
+    for name, window in (("cp local", arch.window_size), ("cp global", None)):
+        if name in busiest:
+            each = int(context_bytes(arch, config, window, row, length).max())
+            notes[name] = f"keys, values and their gradients: {_bytes(each)} a layer and micro-batch"
+    rows = [
+        (name, _bytes(busiest[name]), notes[name])
+        for name in ("cp local", "cp global", "tp", "pp", "ends", "data")
+        if name in busiest
+    ]
+    return _table([*rows, ("total", _bytes(busiest.total()), "")]) if rows else ["  none"]
+
+
+def _some(n: int, most: int) -> list[int | None]:
+    """0 .. n - 1, or if these are more than ``most`` the first ones, None, and the last."""
+    return [*range(n)] if n <= most else [*range(most - 1), None, n - 1]
 
 
 def _flops_title(config: Config) -> str:
@@ -145,7 +249,10 @@ def _table(rows: list[tuple[str, str, str]]) -> list[str]:
 
 
 def _bytes(count: int) -> str:
-    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.2f} MiB"
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB")):
+        if count >= size:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count / 2**10:,.2f} KiB"
 
 
 def _flop(count: int) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from megatron_zebra.config.derived import longest_sequence
 from megatron_zebra.config.sections import Config, Source
 from megatron_zebra.data.dataset import Dataset, Phase
 from megatron_zebra.data.indexed import IndexedPair
@@ -11,7 +12,7 @@ from megatron_zebra.data.source import FileSource, check_vocabulary, split_docum
 from megatron_zebra.data.source import Source as TokenSource
 from megatron_zebra.data.synthetic import SyntheticSource
 from megatron_zebra.errors import UserError
-from megatron_zebra.training.schedule import longest_sequence, sequence_phases
+from megatron_zebra.training.schedule import sequence_phases
 
 
 @dataclass(frozen=True)

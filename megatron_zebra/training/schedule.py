@@ -52,8 +52,3 @@ def sequence_phases(config: Config) -> list[tuple[int | None, int]]:
         phases.append((rows, phase.sequence_length))
         step += phase.steps
     return [*phases, (None, config.data.sequence_length)]
-
-
-def longest_sequence(config: Config) -> int:
-    """The longest row of the run, in tokens."""
-    return max(length for _, length in sequence_phases(config))

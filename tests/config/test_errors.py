@@ -89,11 +89,8 @@ BETWEEN = [
     ({"model.vocab_size": None}, 1, ["model.vocab_size = null"]),
     ({"data.split": [0.0, 1.0, 0.0]}, 1, ["data.split = [0.0, 1.0, 0.0]"]),
     ({"training.global_batch_size": 7}, 2, ["training.global_batch_size = 7", "multiple"]),
-    (
-        {"training.global_batch_size": 2},
-        4,
-        ["training.global_batch_size = 2", "feeds at most 2 data-parallel ranks", "not 4"],
-    ),
+    ({"training.global_batch_size": 2}, 4, ["training.global_batch_size = 2", "feeds at most 2 processes", "not 4"]),
+    ({"training.global_batch_size": 2, "parallel.tp": 2}, 8, ["= 2: feeds at most 2 data-parallel ranks", "not 4"]),
     ({"training.micro_batch_size": 3}, 1, ["training.global_batch_size = 8", "3"]),
     (
         {"parallel.tp": 2, "parallel.cp": 3, "data.sequence_length": 1536},

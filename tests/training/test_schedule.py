@@ -2,11 +2,11 @@
 
 import pytest
 
+from megatron_zebra.config.derived import longest_sequence
 from megatron_zebra.config.sections import Optimizer
 from megatron_zebra.training.schedule import (
     global_batch_size,
     learning_rate,
-    longest_sequence,
     rows_before,
     sequence_phases,
 )
