@@ -29,11 +29,14 @@ class Loss(NamedTuple):
 class Head(nn.Module):
     """x [T / tp, hidden_size] to a Loss or logits. Reads its weight inside forward, where ZeRO-3 has it gathered."""
 
-    def __init__(self, weight: nn.Parameter, arch: Architecture, init: Initializer, loss_chunk_size: int) -> None:
+    def __init__(
+        self, weight: nn.Parameter, arch: Architecture, init: Initializer, loss_chunk_size: int, split_backward: bool
+    ) -> None:
         super().__init__()
         self.weight = weight
         self.box = init.sharding.box("head.weight", (arch.vocab_size, arch.hidden_size))
-        self.vocab_size, self.tp, self.loss_chunk_size = arch.vocab_size, init.tp, loss_chunk_size
+        self.vocab_size, self.tp = arch.vocab_size, init.tp
+        self.loss_chunk_size, self.split_backward = loss_chunk_size, split_backward
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | Loss:
         x = gather_sequence(x, self.tp)
@@ -41,7 +44,8 @@ class Head(nn.Module):
             logits = nn.functional.linear(x, self.weight)
             return self.tp.all_gather(logits.t()).t()[:, : self.vocab_size]
         weight = self.weight[: self.box.shape[0]]  # without the padding, which so can neither win nor count
-        return Loss(*token_loss(x, weight, labels, self.loss_chunk_size, self.box.offsets[0], self.tp))
+        first = self.box.offsets[0]
+        return Loss(*token_loss(x, weight, labels, self.loss_chunk_size, first, self.tp, self.split_backward))
 
 
 class Decoder(nn.Module):
@@ -49,6 +53,8 @@ class Decoder(nn.Module):
 
     A pipeline stage holds ``layers`` (all by default), the first one the embedding too, the last one the head. A stage
     that is not the first takes ``hidden`` [T / tp, hidden_size] of the stage before; one that is not the last returns it.
+    ``split_backward``: see ``model.loss``.
+    ``tied`` is the embedding's weight, where another stage of this rank holds it and the head uses it too.
     """
 
     def __init__(
@@ -60,6 +66,8 @@ class Decoder(nn.Module):
         backend: str = "auto",
         recompute: str = "none",
         loss_chunk_size: int = 1024,
+        split_backward: bool = False,
+        tied: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
         held = range(arch.num_layers) if layers is None else layers
@@ -72,9 +80,6 @@ class Decoder(nn.Module):
             self.rope[kind] = (frequencies.to(init.device), factor)
         self.same_rope = arch.rope["global"] == arch.rope["local"]
         self.embedding = Embedding("embedding", arch.vocab_size, arch.hidden_size, init) if held.start == 0 else None
-        if self.embedding is not None and arch.tie_embeddings and held.stop < arch.num_layers:
-            weight: Any = self.embedding.weight
-            weight.tied_over_stages = True
         self.layers = nn.ModuleDict()  # by global layer number
         self.kinds = arch.layer_kinds
         for i in held:
@@ -93,7 +98,7 @@ class Decoder(nn.Module):
         self.head: Head | None = None
         if held.stop == arch.num_layers:
             self.norm = RMSNorm("norm", arch.hidden_size, arch.norm_eps, init)
-            self.head = Head(self._head_weight(arch, init), arch, init, loss_chunk_size)
+            self.head = Head(self._head_weight(arch, init, tied), arch, init, loss_chunk_size, split_backward)
 
     def forward(
         self,
@@ -115,15 +120,16 @@ class Decoder(nn.Module):
             return x
         return self.head(self.norm(x), labels)
 
-    def _head_weight(self, arch: Architecture, init: Initializer) -> nn.Parameter:
-        """A tied head shares the embedding's parameter; where that is on another stage, it holds a copy of it."""
+    def _head_weight(self, arch: Architecture, init: Initializer, tied: nn.Parameter | None) -> nn.Parameter:
+        """A tied head shares the embedding's parameter; where that is on another rank, it holds a copy of it."""
         if not arch.tie_embeddings:
             return init.normal("head.weight", arch.vocab_size, arch.hidden_size)
+        if tied is not None:
+            return tied
         if self.embedding is not None:
             return self.embedding.weight
         copy: Any = init.normal("embedding.weight", arch.vocab_size, arch.hidden_size)
         copy.ds_pipe_replicated = True  # counted once in the gradient's norm
-        copy.tied_over_stages = True
         return copy
 
     def _phases(self, positions: torch.Tensor) -> dict[LayerKind, tuple[torch.Tensor, torch.Tensor]]:

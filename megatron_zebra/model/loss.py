@@ -18,6 +18,7 @@ def token_loss(
     chunk_size: int,
     first: int = 0,
     tp: Group | None = None,
+    split_backward: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log-likelihood of ``labels`` under ``softmax(hidden weight^T)``, the vocabulary divided over ``tp``.
 
@@ -26,6 +27,7 @@ def token_loss(
         weight: [V, h], or this rank's rows ``first``, ``first + 1``, ... of it.
         labels: [T] int64, IGNORE where there is no target.
         chunk_size: tokens whose logits [chunk, rows] exist at once, in fp32.
+        split_backward: backward runs once for ``hidden`` and once for ``weight``, so that it must leave its state as it is.
 
     Returns:
         The sum over valid targets (fp32, differentiable), and each token's loss [T] (fp32, 0 where ignored, detached).
@@ -33,7 +35,7 @@ def token_loss(
     """
     tp = tp or Group.alone("tp")
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _ChunkedLoss.apply(hidden, weight, labels, chunk_size, first, tp)
+        return _ChunkedLoss.apply(hidden, weight, labels, chunk_size, first, tp, split_backward)
     chunks = zip(hidden.split(chunk_size), labels.split(chunk_size))
     losses = torch.cat([_losses(_logits(h, weight), y, first, tp)[0] for h, y in chunks])
     return losses.sum(), losses
@@ -51,6 +53,7 @@ class _ChunkedLoss(torch.autograd.Function):
         chunk_size: int,
         first: int,
         tp: Group,
+        split_backward: bool,
     ) -> Any:
         wide = torch.promote_types(weight.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden)
@@ -71,18 +74,21 @@ class _ChunkedLoss(torch.autograd.Function):
             else:
                 grad_weight += grad.t() @ hidden[part]
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtype, ctx.chunk_size = weight.dtype, chunk_size
+        ctx.dtype, ctx.chunk_size, ctx.split_backward = weight.dtype, chunk_size, split_backward
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> Any:  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
+        if ctx.split_backward:
+            grad_hidden = (grad_hidden.to(grad.dtype) * grad).to(grad_hidden.dtype)
+            return grad_hidden, (grad_weight * grad).to(ctx.dtype), *(None,) * 5
         # In place: the two live nowhere else and at long context are the largest tensors of the loss. In fp32, because a
         # factor that is a tensor on a GPU would be rounded to bf16 first.
         for part in grad_hidden.split(ctx.chunk_size):
             part.copy_(part.to(grad.dtype) * grad)
-        return grad_hidden, grad_weight.mul_(grad).to(ctx.dtype), None, None, None, None
+        return grad_hidden, grad_weight.mul_(grad).to(ctx.dtype), *(None,) * 5
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,9 @@ class ShardedOptimizer(Protocol):
 
     def backward(self, loss: torch.Tensor) -> None: ...
 
+    def collect(self) -> None:
+        """Take in gradients that came past autograd's hooks, as a backward that is split in two leaves them."""
+
     def step(self, learning_rate: float) -> StepResult:
         """Reduce, clip, update. A gradient that is not finite on any rank leaves every rank's weights as they are."""
 

@@ -71,7 +71,7 @@ def world(
         store, keeper = (dist.HashStore(), 0) if alone else _store(rank, size, limit)
     except (RuntimeError, ValueError) as problem:
         raise _unreached(problem, local_rank) from None
-    with watched(store, rank, size, lambda other: _name(layout, other), keeper, pace or Pace()) as watch:
+    with watched(store, rank, size, lambda other: _name(layout, other), keeper, pace or Pace(), leave) as watch:
         # Before any collective: other numbers of ranks in a group, for one, would let all hang.
         if size > 1:
             agree(store, rank, size, same or {}, timeout)
@@ -80,20 +80,13 @@ def world(
         import deepspeed
 
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
-        try:
-            dist.init_process_group(
-                _backend(device),
-                store=dist.PrefixStore("default_pg", store),
-                rank=rank,
-                world_size=size,
-                timeout=limit,
-            )
-            deepspeed.init_distributed(_backend(device), auto_mpi_discovery=False, verbose=False, timeout=limit)
-            grid = make_grid(layout, rank, local_rank, device)
-            watch.where = lambda: grid.traffic.current
-            yield grid
-        finally:
-            leave()
+        dist.init_process_group(
+            _backend(device), store=dist.PrefixStore("default_pg", store), rank=rank, world_size=size, timeout=limit
+        )
+        deepspeed.init_distributed(_backend(device), auto_mpi_discovery=False, verbose=False, timeout=limit)
+        grid = make_grid(layout, rank, local_rank, device)
+        watch.where = lambda: grid.traffic.current
+        yield grid
 
 
 def _store(rank: int, size: int, limit: datetime.timedelta) -> tuple[dist.Store, int | None]:
@@ -128,9 +121,9 @@ def _short(problem: Exception) -> str:
 
 def leave() -> None:
     """Destroy the process group, and DeepSpeed's memory of it, so that another may be made."""
-    import deepspeed.comm
-
     if dist.is_initialized():
+        import deepspeed.comm
+
         deepspeed.comm.destroy_process_group()
 
 

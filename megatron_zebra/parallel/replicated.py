@@ -44,6 +44,11 @@ class ReplicatedOptimizer:
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
+    def collect(self) -> None:
+        for param in self.masters:
+            if param.grad is not None and param is not self.masters[param]:
+                self._accumulate(param)
+
     def step(self, learning_rate: float) -> StepResult:
         for group in self.adam.param_groups:
             group["lr"] = learning_rate

@@ -69,7 +69,13 @@ class Verdict:
 
 @contextlib.contextmanager
 def watched(
-    store: dist.Store, rank: int, size: int, name: Callable[[int], str], keeper: int | None, pace: Pace
+    store: dist.Store,
+    rank: int,
+    size: int,
+    name: Callable[[int], str],
+    keeper: int | None,
+    pace: Pace,
+    close: Callable[[], None],
 ) -> Iterator["Watch"]:
     """Watch the others and be watched, from here to the end of the context.
 
@@ -80,6 +86,8 @@ def watched(
         store: where the ranks meet.
         name: a rank in words.
         keeper: the rank whose process keeps the store; None = a process that is no rank.
+        close: called at the end, however that comes; after the others know of it and while the watch still goes on, since
+            what it closes may hang.
     """
     watch = Watch(store, rank, size, name, keeper, pace)
     with watch.sigterm_put_off():
@@ -98,7 +106,10 @@ def watched(
             watch.fail(Verdict(rank, f"{name(rank)} has failed: {_short(error)}", 1))
             raise
         finally:
-            watch.leave()
+            try:
+                close()
+            finally:
+                watch.leave()
         watch.raise_verdict()
 
 

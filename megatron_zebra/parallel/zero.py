@@ -83,6 +83,16 @@ class ZeroOptimizer:
         else:
             self.engine.backward(loss)
 
+    def collect(self) -> None:
+        groups = getattr(self.wrapper, "bf16_groups", None)
+        if groups is None or self.stage > 1:
+            self.wrapper.setup_buckets()  # which its hooks do
+            return
+        for i, group in enumerate(groups):
+            for j, param in enumerate(group):
+                if param.grad is not None:
+                    self.wrapper.accumulate_hp_grads_and_remove_lp(param, i, j)
+
     def step(self, learning_rate: float) -> StepResult:
         for group in self.wrapper.param_groups:
             group["lr"] = learning_rate

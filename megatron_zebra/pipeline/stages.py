@@ -4,7 +4,7 @@ Only hidden states travel between ranks: each rank reads its own micro-batches' 
 stage looks them up by the number of the micro-batch, which the schedule hands it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,15 +30,24 @@ SCHEDULES: dict[str, Any] = {
 class Pipeline:
     """Runs micro-batches through all stages; this rank holds those of ``held``, by number of the stage.
 
+    ``collect`` is called after each half of a backward (zero_bubble) that added to weights' gradients past their hooks.
+
     Raises:
         ValueError: the schedule cannot do with so many micro-batches.
     """
 
     def __init__(
-        self, held: dict[int, Decoder], num_stages: int, schedule: str, grid: Grid, hidden_size: int, dtype: torch.dtype
+        self,
+        held: dict[int, Decoder],
+        num_stages: int,
+        schedule: str,
+        grid: Grid,
+        hidden_size: int,
+        dtype: torch.dtype,
+        collect: Callable[[], None],
     ) -> None:
         self.num_stages, self.schedule, self.grid = num_stages, schedule, grid
-        self.hidden_size, self.dtype = hidden_size, dtype
+        self.hidden_size, self.dtype, self.collect = hidden_size, dtype, collect
         self.parts = {number: _Part(decoder, grid) for number, decoder in held.items()}
         self.evaluated_at_once = grid.pp.size if schedule != "zero_bubble" else 2 * grid.pp.size
         self._made: tuple[tuple[int, int, bool], Any] | None = None
@@ -81,7 +90,7 @@ class Pipeline:
     def _stage(self, number: int, part: "_Part", tokens: int) -> PipelineStage:
         hidden = torch.empty(tokens // self.grid.tp.size, self.hidden_size, dtype=self.dtype, device=self.grid.device)
         first, last = number == 0, number == self.num_stages - 1
-        return PipelineStage(
+        stage = _Stage(
             part,
             number,
             self.num_stages,
@@ -90,6 +99,18 @@ class Pipeline:
             output_args=torch.empty(1, device=self.grid.device).requires_grad_() if last else hidden.requires_grad_(),
             group=self.grid.pp.handle,
         )
+        stage.collect = self.collect
+        return stage
+
+
+class _Stage(PipelineStage):
+    """torch's stage, which adds the weights' gradients of a split backward to ``.grad`` by itself."""
+
+    collect: Callable[[], None]
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
+        self.collect()
 
 
 class _Part(nn.Module):

@@ -16,7 +16,7 @@ def parameter_count(arch: Architecture) -> int:
 def held_parameters(arch: Architecture, parallel: Parallel, stages: Stages, pp_rank: int) -> int:
     """Parameters of a rank: its stages' part over tensor parallelism, the vocabulary's padding included.
 
-    The last stage has a copy of a tied weight whose embedding is on another stage.
+    With the last stage comes a copy of a tied weight whose embedding is on another rank.
     """
     return sum(prod(shape) for shape in held_shapes(arch, parallel, stages, pp_rank))
 
@@ -35,7 +35,7 @@ def held_shapes(arch: Architecture, parallel: Parallel, stages: Stages, pp_rank:
             here = (0 if part == "embedding" else len(stages) - 1) in held
         if here:
             found.append(sharding.box(name, shape).padded)
-    if arch.tie_embeddings and len(stages) > 1 and len(stages) - 1 in held:
+    if arch.tie_embeddings and len(stages) - 1 in held and 0 not in held:
         found.append(sharding.box("embedding.weight", (arch.vocab_size, arch.hidden_size)).padded)
     return found
 

@@ -42,18 +42,25 @@ def build_training(config: Config, arch: Architecture, grid: Grid) -> Trained:
         optimizer = build_optimizer(config, build_model(config, arch, grid.device, grid.tp), grid)
         return Trained(optimizer, WholeModel(optimizer.forward, optimizer.backward), context)
     stages = stages_of(config, arch)
-    held = {
-        number: build_model(config, arch, grid.device, grid.tp, stages.layers[number])
-        for number, rank in enumerate(stages.ranks)
-        if rank == grid.pp.rank
-    }
+    held: dict[int, Decoder] = {}
+    for number in (i for i, rank in enumerate(stages.ranks) if rank == grid.pp.rank):
+        first = held[0].embedding if held else None
+        tied = first.weight if first is not None and arch.tie_embeddings else None
+        held[number] = build_model(config, arch, grid.device, grid.tp, stages.layers[number], tied)
     optimizer = build_optimizer(config, nn.ModuleList(held.values()), grid)
-    runner = Pipeline(held, len(stages.layers), parallel.pp_schedule, grid, arch.hidden_size, _dtype(config))
+    runner = Pipeline(
+        held, len(stages.layers), parallel.pp_schedule, grid, arch.hidden_size, _dtype(config), optimizer.collect
+    )
     return Trained(optimizer, runner, context)
 
 
 def build_model(
-    config: Config, arch: Architecture, device: torch.device, tp: Group | None = None, layers: range | None = None
+    config: Config,
+    arch: Architecture,
+    device: torch.device,
+    tp: Group | None = None,
+    layers: range | None = None,
+    tied: nn.Parameter | None = None,
 ) -> Decoder:
     """The decoder with its initial weights, in the precision trained in: this rank's part of ``layers`` (None: all)."""
     tp = tp or Group.alone("tp")
@@ -69,6 +76,8 @@ def build_model(
             backend=config.model.attention_backend,
             recompute=config.training.recompute,
             loss_chunk_size=config.training.loss_chunk_size,
+            split_backward=config.parallel.pp_schedule == "zero_bubble",
+            tied=tied,
         )
     except ValueError as error:
         raise UserError(f"model.attention_backend = {config.model.attention_backend}: {error}") from None

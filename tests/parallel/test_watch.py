@@ -233,7 +233,8 @@ def as_worker(folder: Path) -> None:
     """What torchrun runs here: the watch over plain gloo, without the seconds that importing DeepSpeed takes."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = next(dist.rendezvous("env://"))[0]
-    with watched(store, rank, size, lambda other: f"rank {other}", None, Pace(beat=0.2, silence=1000.0)):
+    pace = Pace(beat=0.2, silence=1000.0)
+    with watched(store, rank, size, lambda other: f"rank {other}", None, pace, dist.destroy_process_group):
         dist.init_process_group("gloo", store=dist.PrefixStore("pg", store), rank=rank, world_size=size)
         (folder / "victim").write_text(str(os.getpid())) if rank == 1 else None
         ready(folder, rank)

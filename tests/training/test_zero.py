@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,12 +37,17 @@ def curve(grid: Grid, overrides: dict[str, Any]) -> Curve:
     return out
 
 
-def reference(overrides: dict[str, Any], world_size: int = 1, by_rank: bool = True) -> Curve:
+def reference(
+    overrides: dict[str, Any],
+    world_size: int = 1,
+    by_rank: bool = True,
+    first_gradient: dict[str, np.ndarray] | None = None,
+) -> Curve:
     """One process, plain torch: autograd and AdamW on fp32 masters; in fp32 the whole global batch at once.
 
     In bf16 the micro-batches of ``world_size`` ranks, their gradients added in fp32 in the order of these: each rank's own
     first, or (``by_rank`` false) each micro-batch over the ranks first. Another order changes a sum in its last bit, which
-    in a few steps turns the rounding of some bf16 weight.
+    in a few steps turns the rounding of some bf16 weight. ``first_gradient`` is filled with the first clipped gradient.
     """
     config = small(**overrides)
     arch, inputs = opened(config)
@@ -79,6 +85,11 @@ def reference(overrides: dict[str, Any], world_size: int = 1, by_rank: bool = Tr
         norm = torch.nn.utils.clip_grad_norm_(masters, config.optimizer.clip_grad or 1e30).item()
         for group in adam.param_groups:
             group["lr"] = learning_rate(config.optimizer, step, STEPS)
+        if step == 0 and first_gradient is not None:
+            named = zip(model.named_parameters(), masters)
+            first_gradient |= {
+                name: master.grad.double().numpy() for (name, _), master in named if master.grad is not None
+            }
         adam.step()
         with torch.no_grad():
             for param, master in zip(params, masters):
