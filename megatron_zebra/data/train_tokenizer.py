@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_zebra.data.documents import documents
-from megatron_zebra.data.inputs import InputOptions, find_files, read_chunks
+from megatron_zebra.data.inputs import InputOptions, find_files, read_chunks, refuse_outputs
 from megatron_zebra.data.progress import Progress
 from megatron_zebra.errors import UserError
 
@@ -109,6 +109,7 @@ def _sample(job: TokenizerJob) -> tuple[list[str], int]:
     blocks, size = 0, 0
     bad = (lambda error: None) if job.skip_bad else None
     files = find_files(job.inputs, job.options)
+    refuse_outputs(files, [job.output])
     with Progress("reading text", sum(file.size for file in files)) as progress:
         for file in files:
             for chunk in read_chunks(file, job.options):
