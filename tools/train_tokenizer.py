@@ -61,7 +61,7 @@ def main() -> None:
             output=args.output,
             model=args.model,
             options=input_options(args),
-            sample_bytes=int(args.sample_bytes),
+            sample_bytes=args.sample_bytes,
             control_symbols=args.control_symbols,
             character_coverage=args.character_coverage,
             threads=len(os.sched_getaffinity(0)),
