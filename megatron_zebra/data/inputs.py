@@ -67,7 +67,9 @@ def find_files(paths: list[Path], options: InputOptions) -> list[InputFile]:
     files = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in _matching(path, options.glob) if p.is_file() and not _hidden(p.relative_to(path)))
+            inside = sorted(
+                p for p in _matching(path, options.glob) if p.is_file() and not _hidden(p.relative_to(path))
+            )
             if not inside:
                 raise UserError(f"{path}: a folder without a file that matches {options.glob!r}")
             files += inside
