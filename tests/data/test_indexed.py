@@ -276,8 +276,9 @@ def test_splits_are_by_document_and_contiguous() -> None:
     assert split_documents(5, [0.99, 0.01, 0.0]) == [range(0, 4), range(4, 5), range(5, 5)]
     assert split_documents(3, [98, 1, 1]) == [range(0, 1), range(1, 2), range(2, 3)]
     assert split_documents(2, [1, 0, 1]) == [range(0, 1), range(1, 1), range(1, 2)]
-    with pytest.raises(UserError, match=r"data\.split"):
-        split_documents(5, [0, 0, 0])
+    for wrong in ([0, 0, 0], [1e308] * 3):
+        with pytest.raises(UserError, match=r"data\.split"):
+            split_documents(5, wrong)
 
 
 def test_json_fields_are_stable(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_counts_of_a_period(weights: list[float]) -> None:
 def test_a_positive_weight_gets_a_row() -> None:
     assert period_counts([1e-9, 1, 0]) == [1, 9999, 0]
     assert sum(period_counts([1e-9] * 1000 + [1])) == PERIOD
-    for wrong in ([], [-1.0, 2.0], [0.0, 0.0], [float("nan")], [float("inf"), 1.0]):
+    for wrong in ([], [-1.0, 2.0], [0.0, 0.0], [float("nan")], [float("inf"), 1.0], [1e308] * 3):
         with pytest.raises(UserError, match="weights"):
             period_counts(wrong)
 
