@@ -96,7 +96,9 @@ def test_every_epoch_reads_every_token_once(tokens: int, phases: list[tuple[int 
 def test_a_schedule_whose_lengths_fit_no_epoch_is_refused() -> None:
     """Half of the tokens would be read several times in an epoch, and others never."""
     lengths = (Phase(16, 100), Phase(8, 251), Phase(None, 256))
-    with pytest.raises(UserError, match=r"data\.sequence_schedule: the lengths 100, 251, 256 .*multiple 1,606,400, .*5,000"):
+    with pytest.raises(
+        UserError, match=r"data\.sequence_schedule: the lengths 100, 251, 256 .*multiple 1,606,400, .*5,000"
+    ):
         Dataset([ListSource([5000])], lengths, 1)
     Dataset([ListSource([5000])], lengths, 1, packing="best_fit")  # needs no common unit
     Dataset([ListSource([50])], [Phase(4, 64), Phase(None, 128)], 1)  # a row goes over an epoch's end
