@@ -8,13 +8,17 @@ perplexity: loss of held-out data, in all and by position in the document, and b
 """
 
 import argparse
+import contextlib
+import errno
 import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_zebra.data.arguments import output_name
 from megatron_zebra.errors import UserError, run_tool
 
 
@@ -32,7 +36,9 @@ def parser() -> argparse.ArgumentParser:
     task.add_argument("--rows", type=int, metavar="N", help="rows of each set at most, evenly spread (default: all)")
     task.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the weights (default: fp32)")
     task.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    task.add_argument("--output", type=Path, help="JSON file (default: evaluation/perplexity.json in the run folder)")
+    task.add_argument(
+        "--output", type=output_name, help="JSON file (default: evaluation/perplexity.json in the run folder)"
+    )
     return top
 
 
@@ -66,6 +72,10 @@ def perplexity(arguments: argparse.Namespace) -> None:
     pairs = {name: IndexedPair(prefix) for name, prefix in zip(names, arguments.data)}
     with world(arguments.device, 600.0) as grid:
         folder = locate(arguments.checkpoint, WorldCollective(grid))
+        run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+        output = arguments.output or run / "evaluation" / "perplexity.json"
+        if grid.is_main:
+            _make_room(output)
         dtype = torch.float32 if arguments.precision == "fp32" else torch.bfloat16
         arch, model = load_model(folder, grid.device, dtype)
         sets: dict[str, Any] = {}
@@ -74,7 +84,8 @@ def perplexity(arguments: argparse.Namespace) -> None:
             if warning and grid.is_main:
                 print(f"warning: {warning}", file=sys.stderr)
             source = FileSource(pair, None, arch.vocab_size if pair.info is None else None)
-            rows = OnePass(source, arguments.sequence_length, arguments.rows)
+            length = min(arguments.sequence_length, source.tokens)  # more would be padding alone
+            rows = OnePass(source, length, arguments.rows)
             with tqdm(
                 total=-(-len(rows) // grid.dp_size), desc=name, unit="row", disable=None if grid.is_main else True
             ) as bar:
@@ -88,7 +99,9 @@ def perplexity(arguments: argparse.Namespace) -> None:
                 "bits_per_byte": _bits_per_byte(result.loss, pair, arch.vocab_size),
             }
         if grid.is_main:
-            _report(arguments, folder, sets)
+            _report({"checkpoint": str(folder), "sequence_length": arguments.sequence_length, "sets": sets}, output)
+            if not arguments.output and (run / "metrics.jsonl").exists():
+                _draw(run)
 
 
 def _bits_per_byte(loss: float, pair: Any, vocab_size: int) -> float | None:
@@ -99,27 +112,50 @@ def _bits_per_byte(loss: float, pair: Any, vocab_size: int) -> float | None:
     return (loss / math.log(2) * predicted + math.log2(vocab_size) * pair.documents) / pair.info.text_bytes
 
 
-def _report(arguments: argparse.Namespace, folder: Path, sets: dict[str, Any]) -> None:
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
-    output = arguments.output or run / "evaluation" / "perplexity.json"
-    document = {"checkpoint": str(folder), "sequence_length": arguments.sequence_length, "sets": sets}
-    temporary = output.with_name(output.name + ".tmp")
-    try:
+def _make_room(output: Path) -> None:
+    """Find out before the work that its result could not be written."""
+    with _writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(document, indent=2) + "\n")
-        os.replace(temporary, output)
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
-    for name, values in sets.items():
+        if output.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.access(output.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _report(document: dict[str, Any], output: Path) -> None:
+    """Print first: what was computed is not lost where it cannot be written."""
+    print(f"checkpoint {document['checkpoint']}")
+    for name, values in document["sets"].items():
         bits = f", {values['bits_per_byte']:.3f} bits a byte" if values["bits_per_byte"] is not None else ""
         print(
             f"{name}: loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}{bits}, {values['targets']} targets"
         )
+    temporary = output.with_name(output.name + ".tmp")
+    with _writing(output):
+        try:
+            temporary.write_text(json.dumps(document, indent=2) + "\n")
+            os.replace(temporary, output)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
     print(f"written to {output}")
-    if not arguments.output and (run / "metrics.jsonl").exists():
-        from megatron_zebra.report.plots import write_plots
 
+
+def _draw(run: Path) -> None:
+    from megatron_zebra.report.plots import write_plots
+
+    try:
         print(f"pictures in {write_plots(run)[-1].parent}")
+    except (UserError, OSError) as error:  # the result is there: no picture is no failure
+        print(f"warning: no pictures: {error}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

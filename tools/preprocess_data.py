@@ -6,7 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
-from megatron_zebra.data.arguments import add_input_options, input_options
+from megatron_zebra.data.arguments import add_input_options, input_options, output_name
 from megatron_zebra.errors import run_tool
 
 EXAMPLES = """
@@ -31,7 +31,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer", type=Path, required=True, metavar="F", help="SentencePiece .model or Hugging Face tokenizer.json"
     )
-    parser.add_argument("--output-prefix", type=Path, required=True, metavar="P", help="writes P.bin, P.idx and P.json")
+    parser.add_argument(
+        "--output-prefix", type=output_name, required=True, metavar="P", help="writes P.bin, P.idx and P.json"
+    )
     parser.add_argument(
         "--workers",
         type=int,

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_zebra.data.arguments import add_input_options, input_options
+from megatron_zebra.data.arguments import add_input_options, input_options, output_name
 from megatron_zebra.errors import run_tool
 
 EXAMPLES = """
@@ -24,7 +24,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--input", nargs="+", type=Path, required=True, metavar="PATH", help="files and folders")
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens in all")
-    parser.add_argument("--output", type=Path, required=True, metavar="F.model", help="the file to write")
+    parser.add_argument("--output", type=output_name, required=True, metavar="F.model", help="the file to write")
     add_input_options(parser)
     parser.add_argument("--model", choices=("bpe", "unigram"), default="bpe", help="kind (default: %(default)s)")
     parser.add_argument(
@@ -61,7 +61,7 @@ def main() -> None:
             output=args.output,
             model=args.model,
             options=input_options(args),
-            sample_bytes=int(args.sample_bytes),
+            sample_bytes=args.sample_bytes,
             control_symbols=args.control_symbols,
             character_coverage=args.character_coverage,
             threads=len(os.sched_getaffinity(0)),

@@ -1,8 +1,16 @@
 """The command-line options of tools that read text."""
 
 import argparse
+from pathlib import Path
 
 from megatron_zebra.data.inputs import InputOptions
+
+
+def output_name(text: str) -> Path:
+    """What an option names as a file to write. Path drops a "/" at the end, and files would appear beside the folder meant."""
+    if text.rpartition("/")[2] in ("", ".", ".."):
+        raise argparse.ArgumentTypeError(f"'{text}' ends without a name for the file; allowed is FOLDER/NAME")
+    return Path(text)
 
 
 def add_input_options(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from math import fsum
+from math import fsum, inf
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ def period_counts(weights: Sequence[float], period: int = PERIOD) -> list[int]:
 
     A positive weight gets at least one row, so a share below 1 in 10,000 is rounded up to it.
     """
-    if not weights or min(weights) < 0 or not 0 < fsum(weights) < float("inf"):
+    if not weights or min(weights) < 0 or not 0 < sum(weights) < inf:
         raise UserError(f"weights of the sources: {list(weights)}: each must be >= 0, their sum positive and finite")
     if sum(weight > 0 for weight in weights) > period:
         raise UserError(f"a blend of {len(weights)} sources: at most {period} are allowed")

@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import lcm
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -78,6 +79,7 @@ class Dataset:
             uses = [(None if r is None else r[number], p.sequence_length) for p, r in zip(phases, rows)]
             key = derive_key("source", seed, number)
             if packing == "concat":
+                _check_unit(source, [phase.sequence_length for phase in phases])
                 self._orders.append(ConcatOrder(source.tokens, uses, key))
             else:
                 folder = source.cache_dir if cache_dir is None else Path(cache_dir)
@@ -115,3 +117,13 @@ def _check(sources: Sequence[Source], phases: Sequence[Phase], weights: Sequence
     for given in [weights, *(phase.weights for phase in phases)]:
         if given is not None and len(given) != len(sources):
             raise UserError(f"data: {len(given)} weights for {len(sources)} sources; give one weight a source")
+
+
+def _check_unit(source: Source, lengths: Sequence[int]) -> None:
+    """An epoch holds whole units, or parts of it would be read several times and others never (see ``ConcatOrder``)."""
+    unit = lcm(*lengths)
+    if unit > max(lengths) and unit > source.tokens:
+        raise UserError(
+            f"data.sequence_schedule: the lengths {', '.join(map(str, sorted(set(lengths))))} have the least common multiple {unit:,}, "
+            f"but {source.name} has {source.tokens:,} tokens; choose lengths that divide the longest, or more data"
+        )

@@ -20,6 +20,7 @@ from megatron_zebra.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
+FORMAT_VERSION = 1  # of P.json
 HEADER = struct.Struct("<9sQBQQ")
 CODES: dict[int, type[np.integer]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _PROBES = 64  # sequences looked at when a pair is opened, whatever its size: each may be a read from a slow disk
@@ -48,7 +49,7 @@ class PairInfo:
     documents: int
     tokens: int
     text_bytes: int = 0  # of the text that was tokenized, for bits per byte; 0 = not known
-    format_version: int = 1
+    format_version: int = FORMAT_VERSION
 
     def dump(self) -> str:
         """The text of the .json file."""
@@ -60,13 +61,27 @@ def read_info(prefix: str | Path) -> PairInfo | None:
     path = pair_paths(prefix)[2]
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return PairInfo(**{field.name: field.type(values[field.name]) for field in fields(PairInfo)})  # type: ignore[operator]
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise _foreign(path, str(error)) from None
+    if not isinstance(values, dict):
+        raise _foreign(path, f"{type(values).__name__} instead of an object")
+    for field in fields(PairInfo):
+        value = values.get(field.name)
+        if type(value) is not field.type or (isinstance(value, int) and value < 0):
+            raise _foreign(path, f"{field.name} = {value!r}")
+    if values["format_version"] != FORMAT_VERSION:
         raise UserError(
-            f"{path}: not a description written by preprocess_data.py ({error}); remove or rebuild it"
-        ) from None
+            f"{path}: format_version {values['format_version']}; only {FORMAT_VERSION} can be read: write the pair anew"
+        )
+    return PairInfo(**{field.name: values[field.name] for field in fields(PairInfo)})
+
+
+def _foreign(path: Path, reason: str) -> UserError:
+    return UserError(f"{path}: not a description written by preprocess_data.py ({reason}); remove or rebuild it")
 
 
 class IndexedPair:
@@ -80,8 +95,9 @@ class IndexedPair:
         self.bin_path, self.idx_path, _ = pair_paths(prefix)
         for path in (self.idx_path, self.bin_path):
             if not path.is_file():
+                hint = " (give the prefix without .bin or .idx)" if self.prefix.endswith((".bin", ".idx")) else ""
                 raise UserError(
-                    f"{path}: no such file; a data prefix needs both {self.bin_path.name} and {self.idx_path.name}"
+                    f"{path}: no such file; a data prefix needs both {self.bin_path.name} and {self.idx_path.name}{hint}"
                 )
         self._open_index()
         self._open_tokens()

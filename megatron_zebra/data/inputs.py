@@ -7,7 +7,7 @@ many. Memory is bounded by the longest document and a few chunks.
 import gzip
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -67,7 +67,9 @@ def find_files(paths: list[Path], options: InputOptions) -> list[InputFile]:
     files = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob(options.glob) if p.is_file() and not _hidden(p.relative_to(path)))
+            inside = sorted(
+                p for p in _matching(path, options.glob) if p.is_file() and not _hidden(p.relative_to(path))
+            )
             if not inside:
                 raise UserError(f"{path}: a folder without a file that matches {options.glob!r}")
             files += inside
@@ -87,6 +89,22 @@ def read_chunks(file: InputFile, options: InputOptions) -> Iterator[Chunk]:
             yield from _byte_chunks(file, options)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file.path}: cannot be read ({_reason(error)})") from None
+
+
+def refuse_outputs(files: list[InputFile], outputs: Iterable[Path]) -> None:
+    """UserError if one of ``outputs`` is an input: it would be replaced by what is made of it, or be read the next time."""
+    there = [path for path in outputs if path.exists()]
+    for file in files:
+        for path in there:
+            if file.path.samefile(path):
+                raise UserError(f"{path}: is read as an input too (--input); choose another name for the output")
+
+
+def _matching(folder: Path, glob: str) -> list[Path]:
+    try:
+        return list(folder.rglob(glob))
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"--glob {glob!r}: {error}; allowed is a pattern of names in the folder, as '*.py'") from None
 
 
 def _hidden(path: Path) -> bool:

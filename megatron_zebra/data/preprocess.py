@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_zebra.data.documents import documents
-from megatron_zebra.data.indexed import PairInfo
-from megatron_zebra.data.inputs import Chunk, InputFile, InputOptions, find_files, read_chunks
+from megatron_zebra.data.indexed import PairInfo, pair_paths
+from megatron_zebra.data.inputs import Chunk, InputFile, InputOptions, find_files, read_chunks, refuse_outputs
 from megatron_zebra.data.progress import Progress
 from megatron_zebra.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_zebra.data.writer import PairWriter, Vocabulary
@@ -74,6 +74,7 @@ def preprocess(job: Job) -> Report:
     if job.workers < 1:
         raise UserError(f"--workers {job.workers}: at least 1 is needed")
     files = find_files(job.inputs, job.options)
+    refuse_outputs(files, pair_paths(job.prefix))
     tokenizer = load_tokenizer(job.tokenizer, job.eod_token)
     vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.eod_id, tokenizer.hash, tokenizer.kind, tokenizer.name)
     empty, text_bytes, bad, first_bad = 0, 0, 0, ""

@@ -3,7 +3,7 @@
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
-from math import fsum
+from math import fsum, inf
 from pathlib import Path
 from typing import Protocol
 
@@ -44,8 +44,8 @@ def split_documents(documents: int, shares: Sequence[float]) -> list[range]:
 
     A positive share gets at least one document as long as there are enough; which then come from the largest part.
     """
-    if not shares or min(shares) < 0 or fsum(shares) <= 0:
-        raise UserError(f"data.split: {list(shares)}: shares must be >= 0 and not all 0")
+    if not shares or min(shares) < 0 or not 0 < sum(shares) < inf:
+        raise UserError(f"data.split: {list(shares)}: shares must be >= 0, their sum positive and finite")
     bounds = [round(documents * fsum(shares[:n]) / fsum(shares)) for n in range(len(shares) + 1)]
     counts = [last - first for first, last in pairwise(bounds)]
     for place, share in enumerate(shares):

@@ -1,6 +1,7 @@
 """Training a SentencePiece tokenizer that gives every text back exactly: code, tabs, line ends and runs of spaces too."""
 
 import io
+import math
 import os
 import random
 import time
@@ -9,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_zebra.data.documents import documents
-from megatron_zebra.data.inputs import InputOptions, find_files, read_chunks
+from megatron_zebra.data.inputs import InputOptions, find_files, read_chunks, refuse_outputs
 from megatron_zebra.data.progress import Progress
 from megatron_zebra.errors import UserError
 
 _BLOCK = 2000  # characters the trainer sees at once; it gets whole lines, so that pieces may hold line ends
+_SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")  # ids 0 to 3
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class TokenizerJob:
     output: Path
     model: str = "bpe"
     options: InputOptions = field(default_factory=InputOptions)
-    sample_bytes: int = 100_000_000
+    sample_bytes: float = 1e8
     control_symbols: list[str] = field(default_factory=list)
     character_coverage: float = 0.9995
     threads: int = 1
@@ -52,6 +54,7 @@ def train_tokenizer(job: TokenizerJob) -> TokenizerReport:
     import sentencepiece
 
     start = time.monotonic()
+    _check(job)
     if job.output.exists() and not job.force:
         raise UserError(f"{job.output}: already there; choose another name, or replace it with --force")
     if not job.output.resolve().parent.is_dir():
@@ -75,10 +78,10 @@ def train_tokenizer(job: TokenizerJob) -> TokenizerReport:
             add_dummy_prefix=False,
             character_coverage=job.character_coverage,
             max_sentence_length=8 * _BLOCK,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
+            unk_id=_SPECIAL.index("<unk>"),
+            bos_id=_SPECIAL.index("<s>"),
+            eos_id=_SPECIAL.index("</s>"),
+            pad_id=_SPECIAL.index("<pad>"),
             control_symbols=job.control_symbols,
             num_threads=job.threads,
             minloglevel=2,
@@ -101,14 +104,28 @@ def train_tokenizer(job: TokenizerJob) -> TokenizerReport:
     )
 
 
+def _check(job: TokenizerJob) -> None:
+    """What the trainer would refuse in words of its own, or take and do something else."""
+    if not 1 <= job.vocab_size < 2**31:
+        raise UserError(f"--vocab-size {job.vocab_size}: must be from 1 to {2**31 - 1}")
+    if not 1 <= job.sample_bytes < math.inf:
+        raise UserError(f"--sample-bytes {job.sample_bytes:g}: must be a number of bytes from 1")
+    if not 0.98 <= job.character_coverage <= 1:
+        raise UserError(f"--character-coverage {job.character_coverage}: must be from 0.98 to 1")
+    for place, token in enumerate(job.control_symbols):
+        if not token or token in _SPECIAL or token in job.control_symbols[:place]:
+            raise UserError(f"--control-symbols {token!r}: must be new names, other than {', '.join(_SPECIAL)}")
+
+
 def _sample(job: TokenizerJob) -> tuple[list[str], int]:
     """Blocks of text, at most ``sample_bytes`` of them by reservoir sampling, and the bytes of all text."""
     generator = random.Random(job.seed)
-    room = max(1, job.sample_bytes // _BLOCK)
+    room = max(1, int(job.sample_bytes) // _BLOCK)
     sample: list[str] = []
     blocks, size = 0, 0
     bad = (lambda error: None) if job.skip_bad else None
     files = find_files(job.inputs, job.options)
+    refuse_outputs(files, [job.output])
     with Progress("reading text", sum(file.size for file in files)) as progress:
         for file in files:
             for chunk in read_chunks(file, job.options):

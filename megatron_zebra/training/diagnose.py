@@ -14,21 +14,25 @@ class Diagnostics:
     def __init__(self, settings: Training, folder: Path, rank: int, device: torch.device) -> None:
         self.settings, self.folder, self.rank, self.device = settings, folder, rank, device
         self.profiler: profile | None = None
+        self.first_profiled = 0
 
     def before(self, step: int) -> None:
         wanted = self.settings.profile_steps
-        if wanted and step == wanted[0]:
+        if wanted and self.profiler is None and wanted[0] <= step <= wanted[1]:  # also where a resumed run comes in
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])]
             self.profiler = profile(activities=activities, profile_memory=True, record_shapes=True)
             self.profiler.start()
+            self.first_profiled = step
         if step in self.settings.memory_snapshot_steps and self.device.type == "cuda":
             torch.cuda.memory._record_memory_history()
 
     def after(self, step: int) -> None:
         wanted = self.settings.profile_steps
-        if self.profiler is not None and wanted and step == wanted[1]:
+        if self.profiler is not None and wanted and step == min(wanted[1], self.settings.steps):
             self.profiler.stop()
-            self.profiler.export_chrome_trace(str(self._file("profile", f"steps-{wanted[0]}-{wanted[1]}", "json.gz")))
+            self.profiler.export_chrome_trace(
+                str(self._file("profile", f"steps-{self.first_profiled}-{step}", "json.gz"))
+            )
             self.profiler = None
         if step in self.settings.memory_snapshot_steps:
             if self.device.type == "cuda":

@@ -9,6 +9,7 @@ from megatron_zebra.config.load import to_yaml
 from megatron_zebra.config.sections import Config
 from megatron_zebra.errors import UserError
 from megatron_zebra.training.metrics import Record
+from megatron_zebra.training.run_folder import writing
 
 
 class Logger(Protocol):
@@ -53,22 +54,31 @@ class Wandb:
     """One run per run folder: its id lies there, and a resumed job goes on with it. Offline unless logged in."""
 
     def __init__(self, config: Config, folder: Path) -> None:
-        import wandb
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("logging.wandb.enabled = true: needs the package wandb (pip install wandb)") from None
         import yaml
 
         file = folder / "wandb.id"
-        if not file.exists():
-            file.write_text(secrets.token_hex(4))
+        with writing(file):
+            name = file.read_text().strip() if file.exists() else ""
+            if not name:  # also where a full disk left an empty file
+                name = secrets.token_hex(4)
+                file.write_text(name)
         logged_in = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-        self._run = wandb.init(
-            id=file.read_text().strip(),
-            resume="allow",
-            project=config.logging.wandb.project,
-            name=config.logging.wandb.name or folder.name,
-            dir=str(folder),
-            mode=None if "WANDB_MODE" in os.environ else "online" if logged_in else "offline",
-            config=yaml.safe_load(to_yaml(config)),
-        )
+        try:
+            self._run = wandb.init(
+                id=name,
+                resume="allow",
+                project=config.logging.wandb.project,
+                name=config.logging.wandb.name or folder.name,
+                dir=str(folder),
+                mode=None if "WANDB_MODE" in os.environ else "online" if logged_in else "offline",
+                config=yaml.safe_load(to_yaml(config)),
+            )
+        except wandb.errors.Error as error:
+            raise UserError(f"logging.wandb: {' '.join(str(error).split())}") from None
         # Own axis: wandb's counter only rises, and drops what a resumed run repeats.
         self._run.define_metric("*", step_metric="step")
 

@@ -39,10 +39,12 @@ def locked(folder: Path) -> Iterator[None]:
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(
                 f"logging.run_dir = {folder}: another run is writing there; stop it or give another folder"
             ) from None
+        except OSError:
+            pass  # a file system without locks
         yield
 
 
@@ -50,7 +52,7 @@ def write_description(folder: Path, config: Config, world_size: int) -> None:
     """config.yaml (the former one kept under its time if it differs) and environment.json."""
     file, text = folder / "config.yaml", to_yaml(config)
     with writing(file):
-        if file.exists() and file.read_text() != text:
+        if file.exists() and file.read_bytes() != text.encode():
             file.rename(folder / f"config.until-{datetime.now():%Y%m%d-%H%M%S}.yaml")
         _write(file, text)
     environment = {
@@ -99,7 +101,7 @@ def writing(file: Path) -> Iterator[None]:
 def _write(file: Path, text: str) -> None:
     temporary = file.with_name(file.name + ".tmp")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(file)
     except OSError:
         temporary.unlink(missing_ok=True)

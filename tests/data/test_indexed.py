@@ -98,6 +98,11 @@ def cut(prefix: Path, suffix: str, size: int) -> None:
 INDEX_END = HEADER.size + 12 * 4 + 8 * 5
 
 
+def edit(prefix: Path, **values: object) -> None:
+    path = Path(f"{prefix}.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
@@ -125,6 +130,11 @@ INDEX_END = HEADER.size + 12 * 4 + 8 * 5
         (lambda p: Path(f"{p}.json").write_text("{"), r"p\.json: not a description"),
         (lambda p: Path(f"{p}.json").write_text("[]"), r"p\.json: not a description"),
         (lambda p: Path(f"{p}.json").write_text('{"tokens": 3}'), r"p\.json: not a description"),
+        (lambda p: Path(f"{p}.json").write_text("[" * 100_000), r"p\.json: not a description"),
+        (lambda p: edit(p, vocab_size=float("inf")), r"p\.json: not a description .*vocab_size = inf"),
+        (lambda p: edit(p, vocab_size=-5), r"p\.json: not a description .*vocab_size = -5"),
+        (lambda p: edit(p, format_version=2), r"p\.json: format_version 2; only 1 can be read"),
+        (lambda p: (Path(f"{p}.json").unlink(), Path(f"{p}.json").mkdir()), r"p\.json: cannot be read"),
     ],
 )
 def test_a_damaged_pair_is_one_line(tmp_path: Path, harm, message: str) -> None:
@@ -132,6 +142,12 @@ def test_a_damaged_pair_is_one_line(tmp_path: Path, harm, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         IndexedPair(tmp_path / "p")
     assert "\n" not in str(error.value)
+
+
+def test_a_file_instead_of_the_prefix_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "p")
+    with pytest.raises(UserError, match=r"p\.bin\.idx: no such file; .*give the prefix without"):
+        IndexedPair(tmp_path / "p.bin")
 
 
 def test_the_json_of_another_pair_is_found(tmp_path: Path) -> None:
@@ -260,8 +276,9 @@ def test_splits_are_by_document_and_contiguous() -> None:
     assert split_documents(5, [0.99, 0.01, 0.0]) == [range(0, 4), range(4, 5), range(5, 5)]
     assert split_documents(3, [98, 1, 1]) == [range(0, 1), range(1, 2), range(2, 3)]
     assert split_documents(2, [1, 0, 1]) == [range(0, 1), range(1, 1), range(1, 2)]
-    with pytest.raises(UserError, match=r"data\.split"):
-        split_documents(5, [0, 0, 0])
+    for wrong in ([0, 0, 0], [1e308] * 3):
+        with pytest.raises(UserError, match=r"data\.split"):
+            split_documents(5, wrong)
 
 
 def test_json_fields_are_stable(tmp_path: Path) -> None:

@@ -93,6 +93,17 @@ def test_every_epoch_reads_every_token_once(tokens: int, phases: list[tuple[int 
     assert max(counts.values()) - min(counts.values()) <= 1 + unit // tokens
 
 
+def test_a_schedule_whose_lengths_fit_no_epoch_is_refused() -> None:
+    """Half of the tokens would be read several times in an epoch, and others never."""
+    lengths = (Phase(16, 100), Phase(8, 251), Phase(None, 256))
+    with pytest.raises(
+        UserError, match=r"data\.sequence_schedule: the lengths 100, 251, 256 .*multiple 1,606,400, .*5,000"
+    ):
+        Dataset([ListSource([5000])], lengths, 1)
+    Dataset([ListSource([5000])], lengths, 1, packing="best_fit")  # needs no common unit
+    Dataset([ListSource([50])], [Phase(4, 64), Phase(None, 128)], 1)  # a row goes over an epoch's end
+
+
 @patient
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=30), st.integers(3, 16), st.integers(0, 9))
 def test_epochs_follow_each_other(lengths: list[int], length: int, seed: int) -> None:
@@ -178,7 +189,7 @@ def test_counts_of_a_period(weights: list[float]) -> None:
 def test_a_positive_weight_gets_a_row() -> None:
     assert period_counts([1e-9, 1, 0]) == [1, 9999, 0]
     assert sum(period_counts([1e-9] * 1000 + [1])) == PERIOD
-    for wrong in ([], [-1.0, 2.0], [0.0, 0.0], [float("nan")], [float("inf"), 1.0]):
+    for wrong in ([], [-1.0, 2.0], [0.0, 0.0], [float("nan")], [float("inf"), 1.0], [1e308] * 3):
         with pytest.raises(UserError, match="weights"):
             period_counts(wrong)
 

@@ -139,6 +139,9 @@ def test_one_line_for_every_mistake(data: Path, tmp_path: Path) -> None:
     done = tool("preprocess_data", "--input", "x")
     assert done.returncode == 2
     assert "required: --tokenizer, --output-prefix" in done.stderr
+    assert "--glob '/x': Non-relative" in fails(
+        "train_tokenizer", "--input", tmp_path, "--glob", "/x", "--vocab-size", 600, "--output", tmp_path / "t.model"
+    )
     line = fails(
         "train_tokenizer", "--input", data / "a.jsonl", "--vocab-size", 90000, "--output", tmp_path / "t.model"
     )
@@ -162,6 +165,28 @@ def test_an_existing_pair_is_not_touched(data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "p.idx").stat().st_mtime_ns == before
     assert tool("preprocess_data", *args, "--force").returncode == 0
     assert (tmp_path / "p.idx").stat().st_mtime_ns != before
+
+
+def test_an_input_is_never_replaced(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "web.json").write_bytes((data / "a.jsonl").read_bytes())
+    before = files_of(tmp_path), (tmp_path / "web.json").read_bytes()
+    made = ("--tokenizer", data / "t.model", "--output-prefix", tmp_path / "web", "--force")
+    for given in (tmp_path / "web.json", tmp_path):
+        assert "web.json: is read as an input too" in fails("preprocess_data", "--input", given, *made)
+        options = ("--vocab-size", 600, "--output", tmp_path / "web.json", "--force")
+        assert "web.json: is read as an input too" in fails("train_tokenizer", "--input", given, *options)
+    assert (files_of(tmp_path), (tmp_path / "web.json").read_bytes()) == before
+
+
+def test_an_output_has_a_name(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in ("", ".", "..", "folder/", "folder/."):
+        for options in (("--tokenizer", data / "t.model", "--output-prefix"), ("--vocab-size", 600, "--output")):
+            kind = "preprocess_data" if "--output-prefix" in options else "train_tokenizer"
+            done = tool(kind, "--input", data / "a.jsonl", *options, name, cwd=tmp_path)
+            assert done.returncode == 2
+            assert f"'{name}' ends without a name for the file" in done.stderr
+    assert files_of(tmp_path) == ["folder"]
 
 
 def test_a_full_disk(data: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_zebra.data.indexed import IndexedPair
 from megatron_zebra.errors import run_tool
 from tests.training.runs import metrics, run
 from tests.training.test_loop import QUICK, pair
@@ -67,6 +68,10 @@ def test_bad_input_is_one_line(trained: Path, tmp_path: Path, capsys: pytest.Cap
         (["--checkpoint", str(trained), "--data", str(tmp_path / "no")], "no.idx"),
         (["--checkpoint", str(trained), *data, "--rows", "0"], "--rows 0: must be 1 or more"),
         (["--checkpoint", str(trained), *data, "--output", str(tmp_path / "file" / "x")], "cannot be written"),
+        (
+            ["--checkpoint", str(trained), *data, "--output", str(tmp_path / "empty")],
+            "empty: cannot be written (Is a dir",
+        ),
     ]:
         assert tool("perplexity", *words) == 2
         out, err = capsys.readouterr()
@@ -75,6 +80,25 @@ def test_bad_input_is_one_line(trained: Path, tmp_path: Path, capsys: pytest.Cap
         assert err.count("\n") == 1
         assert part in err
     assert not (trained / "evaluation").exists()
+    assert not (tmp_path / "empty.tmp").exists()
+
+
+def test_rows_longer_than_the_data_are_cut_to_it(trained: Path, tmp_path: Path) -> None:
+    output = tmp_path / "p.json"
+    words = ["--sequence-length", str(10**11), "--device", "cpu", "--output", str(output)]
+    assert tool("perplexity", "--checkpoint", str(trained), "--data", str(tmp_path / "b"), *words) == 0
+    found = json.loads(output.read_text())["sets"]["b"]
+    assert found["edges"][-1] == IndexedPair(tmp_path / "b").tokens.size
+
+
+def test_a_result_without_a_picture_is_a_result(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not (trained / "config.yaml").exists()  # only pretrain_zebra.py writes it, and the pictures need it
+    words = ["--data", str(tmp_path / "b"), "--device", "cpu"]
+    assert tool("perplexity", "--checkpoint", str(trained), *words) == 0
+    assert "warning: no pictures: " in capsys.readouterr().err
+    assert (trained / "evaluation" / "perplexity.json").exists()
 
 
 def test_sets_of_one_name_are_both_told(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,11 +117,11 @@ def test_a_deterministic_run_is_the_same_twice(run_distributed: Any, tmp_path: P
 
 
 def test_profile_memory_and_tensorboard_files_appear(run_distributed: Any, tmp_path: Path) -> None:
-    settings = {"training__profile_steps": [2, 3], "training__memory_snapshot_steps": [1]}
+    settings = {"training__profile_steps": [3, 99], "training__memory_snapshot_steps": [1]}
     run_distributed(run, 2, tmp_path, QUICK | settings | {"logging__tensorboard": True})
     assert sorted(path.name for path in (tmp_path / "profile").iterdir()) == [
-        "steps-2-3-rank-00000.json.gz",
-        "steps-2-3-rank-00001.json.gz",
+        "steps-3-4-rank-00000.json.gz",
+        "steps-3-4-rank-00001.json.gz",
     ]
     assert len(list((tmp_path / "memory").glob("step-1-rank-0000?.txt"))) == 2
     assert len(list((tmp_path / "tensorboard").glob("events*"))) == 1  # one writer

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,20 @@ def test_the_mode_of_wandb_is_the_users(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert Wandb(small(), tmp_path)._run.settings["mode"] is None  # wandb reads it itself
     assert os.environ["WANDB_MODE"] == "disabled"
+
+
+def test_what_wandb_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(UserError, match=r"logging\.wandb: Invalid project name 'a/b'"):
+        Wandb(small(logging__wandb__enabled=True, logging__wandb__project="a/b"), tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"logging\.wandb\.enabled = true: needs the package wandb"):
+        Wandb(small(), tmp_path)
+
+
+def test_an_empty_wandb_id_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.setattr(wandb, "init", FakeRun)
+    (tmp_path / "wandb.id").write_text("")
+    assert Wandb(small(), tmp_path)._run.settings["id"] == (tmp_path / "wandb.id").read_text() != ""
