@@ -44,7 +44,7 @@ def build_training(config: Config, arch: Architecture, grid: Grid) -> Trained:
     stages = stages_of(config, arch)
     held: dict[int, Decoder] = {}
     for number in (i for i, rank in enumerate(stages.ranks) if rank == grid.pp.rank):
-        first = held[0].embedding if held else None
+        first = held[0].embedding if 0 in held else None
         tied = first.weight if first is not None and arch.tie_embeddings else None
         held[number] = build_model(config, arch, grid.device, grid.tp, stages.layers[number], tied)
     optimizer = build_optimizer(config, nn.ModuleList(held.values()), grid)
