@@ -1,5 +1,6 @@
 """The model, or the part of it that a pipeline stage holds: embedding, layers by global number, norm, head."""
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from megatron_zebra.model.block import Block
 from megatron_zebra.model.initialize import Initializer
 from megatron_zebra.model.layers import Embedding, RMSNorm
 from megatron_zebra.model.loss import token_loss
+from megatron_zebra.model.offload import on_host
 from megatron_zebra.model.pattern import LayerKind
 from megatron_zebra.model.rope import inverse_frequencies, phases
 from megatron_zebra.parallel.context.shard import ContextShard
@@ -65,6 +67,7 @@ class Decoder(nn.Module):
         layers: range | None = None,
         backend: str = "auto",
         recompute: str = "none",
+        offload: bool = False,
         loss_chunk_size: int = 1024,
         split_backward: bool = False,
         tied: nn.Parameter | None = None,
@@ -72,7 +75,7 @@ class Decoder(nn.Module):
         super().__init__()
         held = range(arch.num_layers) if layers is None else layers
         backend = resolve_backend(backend, init.device.type, init.dtype)
-        self.recompute_block = recompute == "full"
+        self.recompute_block, self.offload = recompute == "full", offload
         # Plain tensors, not buffers: a cast of the module to bf16 must not round them.
         self.rope: dict[LayerKind, tuple[torch.Tensor, float]] = {}
         for kind, rope in arch.rope.items():
@@ -112,13 +115,30 @@ class Decoder(nn.Module):
         x: Any = self.embedding(tokens) if self.embedding is not None else hidden
         for number, layer in self.layers.items():
             phase = rope[self.kinds[int(number)]]
-            if self.recompute_block and torch.is_grad_enabled():
-                x = checkpoint(layer, x, phase, segments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(x, phase, segments)
+            x = self._block(layer, x, phase, segments)
         if self.norm is None or self.head is None:
             return x
         return self.head(self.norm(x), labels)
+
+    def _block(
+        self,
+        layer: nn.Module,
+        x: torch.Tensor,
+        phase: tuple[torch.Tensor, torch.Tensor],
+        segments: Segments | ContextShard,
+    ) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return layer(x, phase, segments)
+        if not self.recompute_block:
+            with on_host(layer) if self.offload else nullcontext():
+                return layer(x, phase, segments)
+        # A checkpoint keeps its arguments as they are given.
+        device, kept = x.device, x.cpu() if self.offload else x
+
+        def again(x: torch.Tensor) -> torch.Tensor:
+            return layer(x.to(device), phase, segments)
+
+        return checkpoint(again, kept, use_reentrant=False, preserve_rng_state=False)
 
     def _head_weight(self, arch: Architecture, init: Initializer, tied: nn.Parameter | None) -> nn.Parameter:
         """A tied head shares the embedding's parameter; where that is on another rank, it holds a copy of it."""

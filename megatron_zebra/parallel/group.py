@@ -31,13 +31,14 @@ class Traffic:
         self.seconds = 0.0
 
     @contextmanager
-    def within(self, what: str) -> Iterator[None]:
-        """Mark this rank as being in ``what``, and count the time. The mark stays if it fails there."""
+    def within(self, what: str, waits: bool = True) -> Iterator[None]:
+        """Mark this rank as being in ``what``, and count the time if it only ``waits`` there. The mark stays on failure."""
         before, began = self.current, time.perf_counter()
         self.current = what
         yield
         self.current = before
-        self.seconds += time.perf_counter() - began
+        if waits:
+            self.seconds += time.perf_counter() - began
 
 
 @dataclass(frozen=True, eq=False)

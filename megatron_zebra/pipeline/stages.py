@@ -68,13 +68,12 @@ class Pipeline:
         schedule = self._schedule(len(batches), len(batches[0].tokens), scale is not None)
         numbers = torch.arange(len(batches))
         inputs = (numbers,) if 0 in self.parts else ()
-        with self.grid.traffic.within(f"pipeline over {self.grid.pp}"):
-            if scale is None:
-                schedule.eval(*inputs, number=numbers, return_outputs=False)
-            else:
-                schedule._loss_fn = lambda loss_sum, _: loss_sum.sum() * scale
-                target = numbers if self.num_stages - 1 in self.parts else None
-                schedule.step(*inputs, number=numbers, target=target, return_outputs=False)
+        factor = 1.0 if scale is None else scale
+        schedule._loss_fn = lambda loss_sum, _: loss_sum.sum() * factor
+        target = numbers if self.num_stages - 1 in self.parts else None
+        run = schedule.eval if scale is None else schedule.step
+        with self.grid.traffic.within(f"pipeline over {self.grid.pp}", waits=False):
+            run(*inputs, number=numbers, target=target, return_outputs=False)
         return losses
 
     def _schedule(self, count: int, tokens: int, training: bool) -> Any:
@@ -111,6 +110,15 @@ class _Stage(PipelineStage):
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
         self.collect()
+
+    # In an evaluation nothing comes back; torch's two neighbours on one rank do not know that.
+
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
 
 class _Part(nn.Module):

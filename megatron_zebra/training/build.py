@@ -35,8 +35,9 @@ class Trained:
 def build_training(config: Config, arch: Architecture, grid: Grid) -> Trained:
     """Model, optimizer and runner of this rank; called by all ranks together."""
     parallel = config.parallel
-    # Where attention is computed again in backward, it keeps nothing, and fetches anew by itself.
-    keep_fetched = parallel.cp_keep_fetched or config.training.recompute != "none"
+    # Where attention is computed again in backward, it keeps nothing and fetches anew by itself; host memory keeps all.
+    training = config.training
+    keep_fetched = parallel.cp_keep_fetched or training.recompute != "none" or training.offload_activations
     context = ContextParallel(grid.cp, parallel.cp_order, parallel.cp_head_groups, keep_fetched)
     if grid.pp.size == 1:
         optimizer = build_optimizer(config, build_model(config, arch, grid.device, grid.tp), grid)
@@ -75,6 +76,7 @@ def build_model(
             layers=layers,
             backend=config.model.attention_backend,
             recompute=config.training.recompute,
+            offload=config.training.offload_activations,
             loss_chunk_size=config.training.loss_chunk_size,
             split_backward=config.parallel.pp_schedule == "zero_bubble",
             tied=tied,

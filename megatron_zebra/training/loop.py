@@ -103,6 +103,7 @@ class _Run:
                 rate = learning_rate(
                     config.optimizer, progress.step - progress.schedule_start, steps - progress.schedule_start
                 )
+                self.grid.traffic.reset()
                 outcome = train_step(
                     self.trained,
                     batch.micro_batches,
@@ -176,8 +177,13 @@ class _Run:
             "mfu": flops_per_second / self.peak / self.grid.world_size if self.peak else None,
             "step_time": seconds,
             "data_time": data_time,
+            "compute_time": outcome.compute_time,
+            "optimizer_time": outcome.optimizer_time,
+            "exchange_time": self.grid.traffic.seconds,
+            "communication_bytes": sum(self.grid.traffic.bytes.values()),
             "peak_memory_bytes": peak_memory(self.grid.device),
         }
+        record |= {f"communication_bytes/{name}": count for name, count in sorted(self.grid.traffic.bytes.items())}
         if len(self.inputs.source_names) > 1:
             record |= {f"loss/{self.inputs.source_names[i]}": loss for i, loss in outcome.source_losses.items()}
         return record

@@ -20,8 +20,9 @@ def rows() -> OnePass:
     return OnePass(SyntheticSource(40, 30, 101, 5), 48, ROWS)
 
 
-def evaluated(grid: Grid, stage: int, micro_batch_size: int) -> Evaluated:
-    config = small(model__num_layers=2, optimizer__zero_stage=stage)
+def evaluated(grid: Grid, stage: int, micro_batch_size: int, more: dict[str, Any]) -> Evaluated:
+    axes = {f"parallel__{name}": getattr(grid, name).size for name in ("tp", "cp", "pp")}
+    config = small(model__num_layers=4, optimizer__zero_stage=stage, **axes, **more)
     arch, _ = opened(config)
     trained = build_training(config, arch, grid)
     return evaluate(trained.runner, rows(), micro_batch_size, grid, trained.context)
@@ -29,7 +30,7 @@ def evaluated(grid: Grid, stage: int, micro_batch_size: int) -> Evaluated:
 
 def by_hand() -> tuple[float, list[float], list[int]]:
     """Dense logits row by row, one loss at a time: the sum, and by bin of 0, 16, 32, 48."""
-    config = small(model__num_layers=2)
+    config = small(model__num_layers=4)
     arch, _ = opened(config)
     model = build_model(config, arch, torch.device("cpu"))
     losses, counts = [0.0] * 3, [0] * 3
@@ -45,11 +46,30 @@ def by_hand() -> tuple[float, list[float], list[int]]:
     return sum(losses), losses, counts
 
 
-@pytest.mark.parametrize(("stage", "world_size", "micro_batch_size"), [(0, 1, 1), (1, 1, 4), (1, 2, 1), (3, 2, 3)])
-def test_each_target_once_by_position(run_distributed: Any, stage: int, world_size: int, micro_batch_size: int) -> None:
+@pytest.mark.parametrize(
+    ("stage", "world_size", "micro_batch_size", "axes", "more"),
+    [
+        (0, 1, 1, {}, {}),
+        (1, 1, 4, {}, {}),
+        (1, 2, 1, {}, {}),
+        (3, 2, 3, {}, {}),
+        (1, 4, 2, {"tp": 2, "cp": 2}, {}),
+        (1, 2, 1, {"pp": 2}, {"parallel__pp_schedule": "zero_bubble"}),
+        (1, 4, 2, {"pp": 2}, {}),
+        (1, 4, 1, {"pp": 2, "cp": 2}, {"parallel__pp_schedule": "interleaved"}),
+    ],
+)
+def test_each_target_once_by_position(
+    run_distributed: Any,
+    stage: int,
+    world_size: int,
+    micro_batch_size: int,
+    axes: dict[str, int],
+    more: dict[str, Any],
+) -> None:
     """Seven rows: no world size and no micro-batch here divides them."""
     total, losses, counts = by_hand()
-    results = run_distributed(evaluated, world_size, stage, micro_batch_size)
+    results = run_distributed(evaluated, world_size, stage, micro_batch_size, more, **axes)
     assert all(result == results[0] for result in results)
     result = results[0]
     assert result.edges == [0, 16, 32, 48]

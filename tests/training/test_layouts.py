@@ -110,6 +110,8 @@ CHOICES: list[tuple[dict[str, int], dict[str, Any]]] = [
     ({"world": 2, "pp": 2}, {"parallel__pp_schedule": "interleaved"}),
     ({"world": 2, "pp": 2}, {"parallel__pp_schedule": "zero_bubble", "model__tie_embeddings": True}),
     ({"world": 2, "pp": 2}, {"parallel__pp_schedule": "zero_bubble", "training__recompute": "full"}),
+    ({"world": 2, "cp": 2}, {"training__offload_activations": True, "optimizer__offload": True}),
+    ({"world": 2, "tp": 2}, {"training__offload_activations": True, "training__recompute": "full"}),
     ({"world": 2, "pp": 2}, {"parallel__pp_layers": [3, 1], "training__recompute": "full"}),
     ({"world": 4, "tp": 2, "pp": 2}, {"parallel__pp_schedule": "interleaved", "training__recompute": "attention"}),
     ({"world": 4, "tp": 2, "pp": 2}, {"parallel__pp_schedule": "zero_bubble", "model__qk_norm": True}),
