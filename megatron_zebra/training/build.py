@@ -1,6 +1,7 @@
 """From a configuration to what trains on this rank: the model or its stages, the optimizer, and how both are run."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,6 +49,11 @@ def build_training(config: Config, arch: Architecture, grid: Grid) -> Trained:
         first = held[0].embedding if 0 in held else None
         tied = first.weight if first is not None and arch.tie_embeddings else None
         held[number] = build_model(config, arch, grid.device, grid.tp, stages.layers[number], tied)
+    if arch.tie_embeddings and stages.ranks[0] != stages.ranks[-1]:
+        ends = [part.embedding or part.head for part in held.values()]
+        for end in filter(None, ends):
+            weight: Any = end.weight
+            weight.tied_over_stages = True  # its gradient is summed over the two ranks that hold it
     optimizer = build_optimizer(config, nn.ModuleList(held.values()), grid)
     runner = Pipeline(
         held, len(stages.layers), parallel.pp_schedule, grid, arch.hidden_size, _dtype(config), optimizer.collect
