@@ -11,6 +11,7 @@ anything). Prints a table; exit code 0 if every mutation was caught, 1 otherwise
 import argparse
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -250,6 +251,34 @@ MUTATIONS = [
 """,
         "tests/parallel/context/test_traffic.py",
     ),
+    Mutation(
+        "a replicated parameter counts on every tp rank in the norm",
+        "megatron_zebra/model/initialize.py",
+        "param.tensor_model_parallel = self.sharding.dimension(name) is not None",
+        "param.tensor_model_parallel = True",
+        "tests/training/test_layouts.py -k 'one_process and world2 and tp2'",
+    ),
+    Mutation(
+        "a norm weight's gradient is not summed over tp",
+        "megatron_zebra/model/layers.py",
+        "F.rms_norm(x, (x.shape[-1],), sum_gradient(self.weight, self.tp), self.eps)",
+        "F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)",
+        "tests/training/test_layouts.py -k 'one_process and world2 and tp2'",
+    ),
+    Mutation(
+        "the loss is scaled by cp",
+        "megatron_zebra/training/step.py",
+        "grid.data.size / targets.clamp_min(1)",
+        "grid.cp.size * grid.data.size / targets.clamp_min(1)",
+        "tests/training/test_layouts.py -k 'one_process and world2 and cp2'",
+    ),
+    Mutation(
+        "a tied weight's gradient is not summed over the stages",
+        "megatron_zebra/training/build.py",
+        "weight.tied_over_stages = True",
+        "weight.tied_over_stages = False",
+        "tests/training/test_layouts.py -k 'one_process and world2 and pp2'",
+    ),
 ]
 
 
@@ -276,7 +305,7 @@ def mutated(text: str, mutation: Mutation) -> str:
 def run_tests(folder: Path, tests: str) -> tuple[int, str]:
     """Exit code of pytest in the copy (stopping at the first failure), and the test that failed."""
     environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.MULTILINE)
     broken = failed is not None and "::" not in failed[1]  # a file that cannot be collected says nothing
