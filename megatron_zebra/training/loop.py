@@ -19,7 +19,6 @@ from megatron_zebra.errors import UserError
 from megatron_zebra.evaluation.loss import Evaluated, evaluate
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.parallel.grid import Grid
-from megatron_zebra.parallel.optimizer import ShardedOptimizer
 from megatron_zebra.parallel.process import WorldCollective
 from megatron_zebra.planning.devices import peak_flops
 from megatron_zebra.planning.flops import CONVENTION, StepFlops
@@ -31,8 +30,9 @@ from megatron_zebra.training.inputs import Inputs
 from megatron_zebra.training.loggers import Logger, open_loggers
 from megatron_zebra.training.metrics import MetricsFile, Record
 from megatron_zebra.training.run_folder import rank_log, writing
-from megatron_zebra.training.schedule import global_batch_size, learning_rate, rows_before
-from megatron_zebra.training.state import Progress, resume_state, save_state, start_from
+from megatron_zebra.training.schedule import global_batch_size, learning_rate
+from megatron_zebra.training.start import start
+from megatron_zebra.training.state import Progress, save_state
 from megatron_zebra.training.step import StepOutcome, train_step
 
 
@@ -50,7 +50,7 @@ def train(config: Config, arch: Architecture, inputs: Inputs, folder: Path, grid
     log.info("flops_per_second and mfu count %s", CONVENTION)
     trained = build_training(config, arch, grid)
     collective = WorldCollective(grid)
-    progress, notes = _start(config, arch, inputs, folder, trained.optimizer, collective)
+    progress, notes = start(config, arch, inputs, folder, trained.optimizer, collective)
     console = Console(grid.is_main, config.training.steps, progress.step, config.logging.interval)
     for note in [*inputs.warnings, *notes]:
         log.info(note)
@@ -245,41 +245,6 @@ class _Sinks:
                 output.write(record)
         except OSError as error:
             raise UserError(f"metrics of step {record['step']} cannot be written: {error.strerror}") from None
-
-
-def _start(
-    config: Config,
-    arch: Architecture,
-    inputs: Inputs,
-    folder: Path,
-    optimizer: ShardedOptimizer,
-    collective: WorldCollective,
-) -> tuple[Progress, list[str]]:
-    """Resume the run folder, or begin from ``checkpoint.load``, or from nothing."""
-    progress, notes = resume_state(folder / "checkpoints", arch, optimizer, collective)
-    if progress is not None:
-        notes.append(f"resumed {folder} at step {progress.step}")
-    elif config.checkpoint.load is not None:
-        progress = start_from(Path(config.checkpoint.load), config.checkpoint, arch, optimizer, collective)
-        notes.append(f"began from {config.checkpoint.load} ({config.checkpoint.load_part}) at step {progress.step}")
-    fresh = Progress(seed=config.training.seed, data=inputs.fingerprint())
-    if progress is None or progress.step == 0:
-        return fresh, notes
-    if (progress.data, progress.seed) != (fresh.data, fresh.seed):
-        if config.data.sequence_schedule:
-            raise UserError(
-                "data.sequence_schedule: the training data or training.seed is another than before, so its phases would not fit step "
-                f"{progress.step}; begin a new run (checkpoint.load, checkpoint.load_part: weights), or leave the schedule out"
-            )
-        notes.append("the training data or training.seed is another than before: its rows are read from the first one")
-        return replace(progress, consumed_rows=0, data=fresh.data, seed=fresh.seed), notes
-    expected = rows_before(config, progress.step)
-    if config.data.sequence_schedule and expected != progress.consumed_rows:
-        raise UserError(
-            f"data.sequence_schedule: step {progress.step} had consumed {progress.consumed_rows} rows, with this configuration it would be "
-            f"{expected}; keep the global batch of the steps already done"
-        )
-    return progress, notes
 
 
 def _due(interval: int, step: int, last: bool) -> bool:
