@@ -79,6 +79,8 @@ def _model(config: Config) -> Iterator[str]:
         yield f"model.num_kv_heads = {model.num_kv_heads}: must divide model.num_heads = {model.num_heads}"
     if model.layer_kinds is not None and len(model.layer_kinds) != model.num_layers:
         yield f"model.layer_kinds: has {len(model.layer_kinds)} kinds, must have model.num_layers = {model.num_layers}"
+    if outside := [layer for layer in model.nope_layers if layer >= model.num_layers]:
+        yield f"model.nope_layers: layer {outside[0]} is not below model.num_layers = {model.num_layers}"
     yield from _rope("model.rope", model.rope)
     if model.rope_local is not None:
         yield from _rope("model.rope_local", model.rope_local)

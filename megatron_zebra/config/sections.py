@@ -53,12 +53,21 @@ class Model(Section):
     layer_kinds: list[LayerKind] | None = key(
         None, "one kind a layer, instead of layer_group_size: [global, local, ...]"
     )
+    nope_layers: list[Annotated[int, Field(ge=0)]] = key(
+        [], "layers, by number, without a rotary embedding (NoPE: SmolLM3, Cohere2)"
+    )
     rope: Rope = key(Rope, "rotary embedding of global layers, and of local ones unless rope_local is set")
     rope_local: Rope | None = key(None, "rotary embedding of local layers; null = the same as rope")
     tie_embeddings: bool = key(False, "the head uses the embedding's weight")
     qkv_bias: bool = key(False, "bias on the q, k and v projections (Qwen2)")
     qk_norm: bool = key(False, "RMSNorm on every head's q and k before RoPE (Qwen3)")
     norm_eps: float = key(1e-5, "epsilon of RMSNorm", gt=0)
+    max_length: int | None = key(
+        None,
+        "longest sequence the model is meant for, told to other programs; null = the longest trained",
+        "tokens",
+        ge=1,
+    )
     init_std: float = key(
         0.02,
         "deviation of the initial weights; projections into the residual stream get it divided by sqrt(2 num_layers)",

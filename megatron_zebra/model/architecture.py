@@ -25,6 +25,8 @@ class Architecture:
     qkv_bias: bool
     qk_norm: bool
     norm_eps: float
+    nope_layers: tuple[int, ...] = ()
+    max_length: int | None = None
 
     @property
     def num_layers(self) -> int:
@@ -59,6 +61,7 @@ class Architecture:
         """As JSON can hold it."""
         return asdict(self) | {
             "layer_kinds": list(self.layer_kinds),
+            "nope_layers": list(self.nope_layers),
             "rope": {k: r.model_dump() for k, r in self.rope.items()},
         }
 
@@ -66,7 +69,8 @@ class Architecture:
     def from_dict(values: dict[str, Any]) -> "Architecture":
         """The inverse of ``to_dict``."""
         rope = {kind: Rope.model_validate(rope) for kind, rope in values["rope"].items()}
-        return Architecture(**values | {"layer_kinds": tuple(values["layer_kinds"]), "rope": rope})
+        kinds, nope = tuple(values["layer_kinds"]), tuple(values.get("nope_layers", ()))
+        return Architecture(**values | {"layer_kinds": kinds, "nope_layers": nope, "rope": rope})
 
 
 def resolve(model: Model, vocab_size: int, sequence_length: int) -> Architecture:
@@ -96,4 +100,6 @@ def resolve(model: Model, vocab_size: int, sequence_length: int) -> Architecture
         qkv_bias=model.qkv_bias,
         qk_norm=model.qk_norm,
         norm_eps=model.norm_eps,
+        nope_layers=tuple(sorted(model.nope_layers)),
+        max_length=model.max_length or sequence_length,
     )

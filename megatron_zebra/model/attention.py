@@ -24,7 +24,7 @@ class Attention(nn.Module):
         self, name: str, arch: Architecture, layer: int, init: Initializer, backend: str, recompute: bool
     ) -> None:
         super().__init__()
-        self.head_dim, self.window = arch.head_dim, arch.window(layer)
+        self.head_dim, self.window, self.rotated = arch.head_dim, arch.window(layer), layer not in arch.nope_layers
         self.backend, self.recompute, self.tp = backend, recompute, init.tp
         hidden, heads, kv_heads, dim = arch.hidden_size, arch.num_heads, arch.num_kv_heads, arch.head_dim
         self.q_proj = Linear(f"{name}.q_proj", hidden, heads * dim, init, arch.qkv_bias)
@@ -55,7 +55,8 @@ class Attention(nn.Module):
         rope: tuple[torch.Tensor, torch.Tensor],
         segments: Segments | ContextShard,
     ) -> torch.Tensor:
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        if self.rotated:
+            q, k = rotate(q, *rope), rotate(k, *rope)
         return attend(
             q,
             k,

@@ -115,7 +115,9 @@ def restore(checkpoint: Checkpoint, arch: Architecture, optimizer: ShardedOptimi
     Raises:
         UserError: the checkpoint is of another model, or damaged.
     """
-    differences = compare_model(checkpoint.metadata["architecture"], arch.to_dict())
+    # How long the model may be used is told to others, and changes nothing here; older checkpoints do not know NoPE.
+    stored = {"nope_layers": []} | checkpoint.metadata["architecture"] | {"max_length": arch.max_length}
+    differences = compare_model(stored, arch.to_dict())
     if differences:
         raise UserError(f"{checkpoint.folder}: is of another model: {'; '.join(differences)}")
     for part in optimizer.held():
