@@ -132,8 +132,8 @@ MUTATIONS = [
     Mutation(
         "moments not restored",
         "megatron_zebra/training/state.py",
-        "restore(open_checkpoint(found.folder), arch, optimizer, KINDS)",
-        'restore(open_checkpoint(found.folder), arch, optimizer, ("weight",))',
+        "restore(open_checkpoint(found.folder), config, arch, optimizer, KINDS)",
+        'restore(open_checkpoint(found.folder), config, arch, optimizer, ("weight",))',
         RESUME,
     ),
     Mutation(

@@ -57,7 +57,8 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> Any:
         wide = torch.promote_types(weight.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+        # A frozen head has no gradient, nor the memory for one.
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if ctx.needs_input_grad[1] else None
         losses = torch.empty(labels.shape, dtype=wide, device=hidden.device)
         for start in range(0, len(labels), chunk_size):
             part = slice(start, start + chunk_size)
@@ -69,6 +70,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 grad.scatter_add_(1, target[:, None], -own[:, None].to(grad.dtype))
             grad = grad.mul_((labels[part] != IGNORE)[:, None]).to(hidden.dtype)
             torch.mm(grad, weight, out=grad_hidden[part])
+            if grad_weight is None:
+                continue
             if weight.dtype == wide:
                 grad_weight.addmm_(grad.t(), hidden[part])
             else:
@@ -83,12 +86,12 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         if ctx.split_backward:
             grad_hidden = (grad_hidden.to(grad.dtype) * grad).to(grad_hidden.dtype)
-            return grad_hidden, (grad_weight * grad).to(ctx.dtype), *(None,) * 5
+            return grad_hidden, None if grad_weight is None else (grad_weight * grad).to(ctx.dtype), *(None,) * 5
         # In place: the two live nowhere else and at long context are the largest tensors of the loss. In fp32, because a
         # factor that is a tensor on a GPU would be rounded to bf16 first.
         for part in grad_hidden.split(ctx.chunk_size):
             part.copy_(part.to(grad.dtype) * grad)
-        return grad_hidden, grad_weight.mul_(grad).to(ctx.dtype), *(None,) * 5
+        return grad_hidden, None if grad_weight is None else grad_weight.mul_(grad).to(ctx.dtype), *(None,) * 5
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

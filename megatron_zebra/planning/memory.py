@@ -10,6 +10,9 @@ wherever the weights cannot be their own:
     2      e P                       4 P / dp    4 P / dp                 8 P / dp
     3      e P / dp + e min(P, 1e9)  4 P / dp    4 P / dp                 8 P / dp
 
+Weights that are not trained (training.freeze, training.lora) are counted with the weights alone. What a frozen weight's
+layer no longer keeps for its gradient is not taken off the activations, which so are an upper bound.
+
 The second term of stage 3 is what it may hold gathered (stage3_max_live_parameters). Reduction buffers, by measurement
 of DeepSpeed 0.19.8 (tests/planning/test_memory.py): stage 1 fp32 4 B, bf16 4 min(P, 5e8), both after the last backward;
 stage 2 e B and stage 3 4 B, with 4 min(P, B) in fp32, (4 + e) min(P, B) in bf16, during it
@@ -91,10 +94,10 @@ def training_memory(
     parallel, training, stage = config.parallel, config.training, config.optimizer.zero_stage
     e = weight_bytes(config)
     stages = stages or Stages.whole(arch.num_layers)
-    parameters = held_parameters(arch, parallel, stages, pp_rank)
+    parameters, trained = held_parameters(arch, parallel, stages, pp_rank, training)
     micro_batches = max(1, training.global_batch_size // (training.micro_batch_size * (readers or dp)))
     filled = in_flight(stages, parallel.pp_schedule, micro_batches, pp_rank)
-    parts = state_parts(parameters, e, stage, dp)
+    parts = state_parts(parameters, e, stage, dp, trained)
     if config.optimizer.offload and stage > 0:
         parts[-1] = Part("optimizer", 0, f"{parts[-1].note}: {parts[-1].bytes / 2**30:.2f} GiB of host memory")
     found = {
@@ -122,7 +125,7 @@ def training_memory(
             Part("pipeline", buffers * hidden, "hidden states and gradients on their way, of every micro-batch")
         )
     buffers = reduction_buffers(
-        parameters, e, stage, _zero_setting(config, "reduce_bucket_size", reduce_bucket_size(parameters))
+        trained, e, stage, _zero_setting(config, "reduce_bucket_size", reduce_bucket_size(trained))
     )
     if stage == 1:
         # They are there when the activations are not.
@@ -133,8 +136,8 @@ def training_memory(
     return Memory(tuple(parts))
 
 
-def state_parts(parameters: int, element_bytes: int, stage: int, dp: int) -> list[Part]:
-    """Weights, gradients and optimizer of one of ``dp`` ranks under ZeRO ``stage``."""
+def state_parts(parameters: int, element_bytes: int, stage: int, dp: int, trained: int | None = None) -> list[Part]:
+    """Weights, gradients and optimizer of one of ``dp`` ranks under ZeRO ``stage``; ``trained`` of the parameters (None: all)."""
 
     def share(whole: int, from_stage: int) -> int:
         return ceil(whole / dp) if stage >= from_stage else whole
@@ -143,15 +146,16 @@ def state_parts(parameters: int, element_bytes: int, stage: int, dp: int) -> lis
         return f"{text}, 1/{dp} of them" if stage >= from_stage and dp > 1 else text
 
     p, e = parameters, element_bytes
+    t = p if trained is None else trained
     kind = "bf16" if e == 2 else "fp32"
     gathered = min(p, LIVE_PARAMETERS) * e if stage == 3 else 0
-    masters = FP32 * p if stage > 0 or e < FP32 else 0
+    masters = FP32 * t if stage > 0 or e < FP32 else 0
     weights = f"{kind}, 1/{dp} of them and those gathered for use" if stage == 3 else kind
     return [
         Part("weights", share(e * p, 3) + gathered, weights),
-        Part("gradients", share(FP32 * p, 2), note("fp32 sums", 2)),
+        Part("gradients", share(FP32 * t, 2), note("fp32 sums", 2)),
         Part(
-            "optimizer", share(masters + 2 * FP32 * p, 1), note("fp32 masters and moments" if masters else "moments", 1)
+            "optimizer", share(masters + 2 * FP32 * t, 1), note("fp32 masters and moments" if masters else "moments", 1)
         ),
     ]
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_zebra.config.derived import longest_sequence, ranks_per_replica
 from megatron_zebra.config.load import to_yaml
-from megatron_zebra.config.sections import Config
+from megatron_zebra.config.sections import Config, Training
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.pattern import cells, stripes
 from megatron_zebra.parallel.context.layout import stretches
@@ -22,7 +22,7 @@ from megatron_zebra.planning.flops import (
     uncut_flops,
 )
 from megatron_zebra.planning.memory import memory_by_rank
-from megatron_zebra.planning.parameters import parameter_count
+from megatron_zebra.planning.parameters import parameter_count, trained_count
 from megatron_zebra.planning.stages import Stages
 
 
@@ -38,7 +38,7 @@ def dry_run_text(config: Config, arch: Architecture, world_size: int, stages: St
     sections = [
         ("resolved configuration", to_yaml(config).rstrip().splitlines()),
         ("layers", [*stripes(arch.layer_kinds, arch.window_size).splitlines(), *_stages(arch, stages)]),
-        ("parameters", _parameters(arch)),
+        ("parameters", _parameters(arch, config.training)),
         (f"ranks: {world_size}" + (f" = {layout}" if world_size > 1 else ""), _ranks(config, layout)),
         (_memory_title(config), _memory(config, arch, layout, stages)),
         *([(_bytes_title(config), _communication(config, arch, layout, stages))] if world_size > 1 else []),
@@ -74,17 +74,19 @@ def _value_at(step: int, phases: list[tuple[int, int]], afterwards: int) -> int:
     return afterwards
 
 
-def _parameters(arch: Architecture) -> list[str]:
+def _parameters(arch: Architecture, training: Training) -> list[str]:
     shapes = arch.parameter_shapes()
     embedding = prod(shapes["embedding.weight"])
     head = prod(shapes.get("head.weight", (0,)))
-    total = parameter_count(arch)
+    total, trained = parameter_count(arch), trained_count(arch, training)
+    note = f"adapters of rank {training.lora.rank} among them" if training.lora.rank else f"{trained / total:.1%}"
     return _table(
         [
             ("total", f"{total:,}", ""),
             ("embedding", f"{embedding:,}", "also the head's weight" if arch.tie_embeddings else ""),
             *([("head", f"{head:,}", "")] if head else []),
             ("non-embedding", f"{total - embedding - head:,}", f"{arch.num_layers} layers"),
+            *([("trained", f"{trained:,}", note)] if trained != total else []),
         ]
     )
 

@@ -11,6 +11,7 @@ from megatron_zebra.errors import UserError
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.decoder import Decoder
 from megatron_zebra.model.initialize import Initializer
+from megatron_zebra.model.trained import is_trained
 from megatron_zebra.parallel.context.shard import ContextParallel
 from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.parallel.group import Group
@@ -73,7 +74,15 @@ def build_model(
     tp = tp or Group.alone("tp")
     sharding = Sharding(tp.size, tp.rank, arch.num_kv_heads, config.parallel.vocab_multiple)
     init = Initializer(
-        config.training.seed, config.model.init_std, arch.num_layers, _dtype(config), device, tp, sharding
+        config.training.seed,
+        config.model.init_std,
+        arch.num_layers,
+        _dtype(config),
+        device,
+        tp,
+        sharding,
+        trained=lambda name: is_trained(name, config.training),
+        lora=config.training.lora,
     )
     try:
         return Decoder(
@@ -102,7 +111,7 @@ def build_optimizer(config: Config, module: nn.Module, grid: Grid) -> ShardedOpt
         config.training.precision == "bf16",
         config.training.micro_batch_size,
         settings.clip_grad,
-        reduce_bucket_size(sum(param.numel() for param in module.parameters())),
+        reduce_bucket_size(sum(param.numel() for param in module.parameters() if param.requires_grad)),
         settings.offload,
         config.deepspeed,
     )

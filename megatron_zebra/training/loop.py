@@ -208,9 +208,9 @@ class _Run:
             saved = save_state(
                 self.folder / "checkpoints",
                 progress,
+                self.config,
                 self.arch,
                 self.trained.optimizer,
-                self.config.checkpoint,
                 self.collective,
             )
         except DiskFull as error:

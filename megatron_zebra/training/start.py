@@ -22,11 +22,11 @@ def start(
     collective: WorldCollective,
 ) -> tuple[Progress, list[str]]:
     """Resume the run folder, or begin from ``checkpoint.load``, or from nothing."""
-    progress, notes = resume_state(folder / "checkpoints", arch, optimizer, collective)
+    progress, notes = resume_state(folder / "checkpoints", config, arch, optimizer, collective)
     if progress is not None:
         notes.append(f"resumed {folder} at step {progress.step}")
     elif config.checkpoint.load is not None:
-        progress = start_from(Path(config.checkpoint.load), config.checkpoint, arch, optimizer, collective)
+        progress = start_from(Path(config.checkpoint.load), config, arch, optimizer, collective)
         notes.append(f"began from {config.checkpoint.load} ({config.checkpoint.load_part}) at step {progress.step}")
     fresh = Progress(seed=config.training.seed, data=inputs.fingerprint())
     if progress is None or progress.step == 0:

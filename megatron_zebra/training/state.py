@@ -14,9 +14,11 @@ from megatron_zebra.checkpoint.pieces import PieceKey
 from megatron_zebra.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_zebra.checkpoint.save import Saved, save
 from megatron_zebra.checkpoint.verify import find_latest_good
-from megatron_zebra.config import sections
+from megatron_zebra.config.sections import Config, Lora
 from megatron_zebra.errors import UserError
 from megatron_zebra.model.architecture import Architecture
+from megatron_zebra.model.lora import ADAPTERS, adapter_shapes, from_metadata, merged, to_metadata
+from megatron_zebra.model.trained import is_trained
 from megatron_zebra.parallel.optimizer import KINDS, Held, ShardedOptimizer
 
 
@@ -37,30 +39,37 @@ class Progress:
 def save_state(
     root: Path,
     progress: Progress,
+    config: Config,
     arch: Architecture,
     optimizer: ShardedOptimizer,
-    settings: sections.Checkpoint,
     collective: Collective,
 ) -> Saved:
     """Write a checkpoint of ``progress.step`` under ``root``; called by all ranks."""
     held = list(optimizer.held())
     pieces = [piece for part in held for piece in _pieces(part)]
-    expected = {(name, kind): shape for name, shape in arch.parameter_shapes().items() for kind in KINDS}
+    lora, settings = config.training.lora, config.checkpoint
+    shapes = arch.parameter_shapes() | adapter_shapes(arch, lora)
+    expected = {
+        (name, kind): shape
+        for name, shape in shapes.items()
+        for kind in (KINDS if is_trained(name, config.training) else ("weight",))
+    }
+    metadata = {"architecture": arch.to_dict(), "progress": asdict(replace(progress, updates=optimizer.updates()))}
     return save(
         root,
         progress.step,
         iter(pieces),
-        {"architecture": arch.to_dict(), "progress": asdict(replace(progress, updates=optimizer.updates()))},
+        metadata | ({"lora": to_metadata(lora)} if lora.rank else {}),
         collective=collective,
         expected=expected,
-        expected_bytes=sum(key.flat_numel * 4 for key, _ in pieces),
+        expected_bytes=sum(tensor.nbytes for _, tensor in pieces),
         keep_last=settings.keep_last,
         keep_every=settings.keep_every,
     )
 
 
 def resume_state(
-    root: Path, arch: Architecture, optimizer: ShardedOptimizer, collective: Collective
+    root: Path, config: Config, arch: Architecture, optimizer: ShardedOptimizer, collective: Collective
 ) -> tuple[Progress | None, list[str]]:
     """Restore the newest good checkpoint under ``root``, if there is one; called by all ranks.
 
@@ -75,22 +84,22 @@ def resume_state(
                 f"{root}: every checkpoint is damaged; move the folder away to begin anew ({found.skipped[0]})"
             )
         return None, found.skipped
-    progress = restore(open_checkpoint(found.folder), arch, optimizer, KINDS)
+    progress = restore(open_checkpoint(found.folder), config, arch, optimizer, KINDS)
     if found.skipped and collective.rank == 0:
         retire_newer(root, found.step)
     return progress, found.skipped
 
 
 def start_from(
-    path: Path, settings: sections.Checkpoint, arch: Architecture, optimizer: ShardedOptimizer, collective: Collective
+    path: Path, config: Config, arch: Architecture, optimizer: ShardedOptimizer, collective: Collective
 ) -> Progress:
     """Begin a new run from ``checkpoint.load``: a checkpoint's folder, a run folder, or a folder of checkpoints."""
-    folder = locate(path, collective)
+    folder, settings = locate(path, collective), config.checkpoint
     if settings.load_part == "weights":
-        restore(open_checkpoint(folder), arch, optimizer, ("weight",))
+        restore(open_checkpoint(folder), config, arch, optimizer, ("weight",))
         optimizer.restored(0)
         return Progress()
-    progress = restore(open_checkpoint(folder), arch, optimizer, KINDS)
+    progress = restore(open_checkpoint(folder), config, arch, optimizer, KINDS)
     return replace(progress, schedule_start=progress.step) if settings.schedule == "restart" else progress
 
 
@@ -109,7 +118,9 @@ def locate(path: Path, collective: Collective) -> Path:
 
 
 @torch.no_grad()
-def restore(checkpoint: Checkpoint, arch: Architecture, optimizer: ShardedOptimizer, kinds: Iterable[str]) -> Progress:
+def restore(
+    checkpoint: Checkpoint, config: Config, arch: Architecture, optimizer: ShardedOptimizer, kinds: Iterable[str]
+) -> Progress:
     """Read what this rank holds of each tensor into its optimizer.
 
     Raises:
@@ -120,20 +131,43 @@ def restore(checkpoint: Checkpoint, arch: Architecture, optimizer: ShardedOptimi
     differences = compare_model(stored, arch.to_dict())
     if differences:
         raise UserError(f"{checkpoint.folder}: is of another model: {'; '.join(differences)}")
+    adapters = from_metadata(checkpoint.metadata)
+    same_adapters = to_metadata(adapters) == to_metadata(config.training.lora)
+    if "exp_avg" in kinds and not same_adapters:
+        raise UserError(
+            f"training.lora: {_adapters(config.training.lora)}, {checkpoint.folder} has {_adapters(adapters)}; only "
+            "checkpoint.load with load_part: weights can change that, and merges them"
+        )
+    there = checkpoint.tensors()
     for part in optimizer.held():
-        for kind in kinds:
-            values = checkpoint.read_tensor(
-                part.name,
-                kind,
-                offsets=part.box.offsets,
-                local_shape=part.box.shape,
-                flat_start=part.start,
-                flat_numel=part.numel,
-            )
+        if part.name.endswith(ADAPTERS) and not same_adapters:
+            continue  # new: as they were made
+        for kind in kinds if len(part.tensors) > 1 else ["weight"]:
+            if (part.name, kind) not in there:
+                raise UserError(
+                    f"training.freeze: {part.name} was frozen in {checkpoint.folder}, so that has no moments of it; keep it "
+                    "frozen, or begin a new run (checkpoint.load, checkpoint.load_part: weights)"
+                )
+            where: dict[str, Any] = {
+                "offsets": part.box.offsets,
+                "local_shape": part.box.shape,
+                "flat_start": part.start,
+                "flat_numel": part.numel,
+            }
+            if same_adapters:
+                values = checkpoint.read_tensor(part.name, kind, **where)
+            else:
+                values = merged(checkpoint.read_tensor, adapters, part.name, part.shape, **where)
             part.tensors[kind].copy_(values)
     progress = Progress(**checkpoint.metadata["progress"])
     optimizer.restored(progress.updates)
     return progress
+
+
+def _adapters(lora: Lora) -> str:
+    if not lora.rank:
+        return "no adapters"
+    return f"adapters of rank {lora.rank} and alpha {lora.alpha:g} on {', '.join(sorted(lora.targets))}"
 
 
 def _pieces(part: Held) -> Iterator[tuple[PieceKey, Any]]:

@@ -103,5 +103,5 @@ def contents(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str], bytes]
     place = newest(folder / "checkpoints")
     assert place is not None
     checkpoint = open_checkpoint(place)
-    tensors = {key: checkpoint.read_tensor(*key).numpy().tobytes() for key in checkpoint.tensors()}
+    tensors = {key: checkpoint.read(*key).tobytes() for key in checkpoint.tensors()}
     return checkpoint.metadata["progress"], tensors
