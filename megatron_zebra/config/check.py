@@ -35,6 +35,8 @@ OWNED_BY_US = {
     "steps_per_print": "logging.interval",
 }
 
+COUNTS_FROM_ORIGINAL = ("yarn", "llama3", "dynamic")
+
 
 def problems(config: Config, world_size: int) -> list[str]:
     """One line for each rule that is broken, naming the keys and what is allowed."""
@@ -52,6 +54,11 @@ def problems(config: Config, world_size: int) -> list[str]:
     ]
 
 
+def divisions(config: Config) -> list[str]:
+    """Those of ``problems`` that ask whether the model can be divided as ``parallel`` wants."""
+    return [*_tensor(config), *_context(config)]
+
+
 def warnings(config: Config) -> list[str]:
     """Things that are allowed and perhaps not meant."""
     model, data = config.model, config.data
@@ -61,6 +68,9 @@ def warnings(config: Config) -> list[str]:
         found.append(
             f"model.window_size = {model.window_size} is not below data.sequence_length = {data.sequence_length}: local layers see everything"
         )
+    for path, rope in (("model.rope", model.rope), ("model.rope_local", model.rope_local)):
+        if rope is not None and rope.scaling in ("linear", "yarn", "llama3") and rope.factor == 1.0:
+            found.append(f"{path}.factor = 1.0: {rope.scaling} changes nothing")
     if config.optimizer.warmup_steps > config.training.steps:
         found.append(
             f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is above training.steps = {config.training.steps}: "
@@ -89,7 +99,7 @@ def _model(config: Config) -> Iterator[str]:
 
 
 def _rope(path: str, rope: Rope) -> Iterator[str]:
-    if rope.scaling in ("yarn", "llama3", "dynamic") and rope.original_length is None:
+    if rope.scaling in COUNTS_FROM_ORIGINAL and rope.original_length is None:
         yield f"{path}.original_length = null: must be the length trained at before, for {path}.scaling = {rope.scaling}"
     if rope.scaling == "none" and rope.factor != 1.0:
         yield f"{path}.factor = {rope.factor}: has no meaning for {path}.scaling = none"

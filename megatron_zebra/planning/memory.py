@@ -62,12 +62,17 @@ class Memory:
 
 
 def memory_by_rank(
-    arch: Architecture, config: Config, layout: Layout, stages: Stages, on_cpu: bool = False
+    arch: Architecture,
+    config: Config,
+    layout: Layout,
+    stages: Stages,
+    on_cpu: bool = False,
+    teacher: Architecture | None = None,
 ) -> list[Memory]:
     """What a rank of each pipeline rank needs, at the longest rows of the run: [pp]."""
     tokens = config.training.micro_batch_size * longest_sequence(config)
     return [
-        training_memory(arch, config, layout.dp * layout.cp, tokens, on_cpu, stages, rank, layout.dp)
+        training_memory(arch, config, layout.dp * layout.cp, tokens, on_cpu, stages, rank, layout.dp, teacher)
         for rank in range(stages.pp)
     ]
 
@@ -81,6 +86,7 @@ def training_memory(
     stages: Stages | None = None,
     pp_rank: int = 0,
     readers: int | None = None,
+    teacher: Architecture | None = None,
 ) -> Memory:
     """What one of ``dp`` ranks needs.
 
@@ -90,6 +96,7 @@ def training_memory(
         on_cpu: see ``activations``.
         stages, pp_rank: which of the pipeline's layers the rank holds; None: all.
         readers: data-parallel ranks without context parallelism, among which the global batch is divided; None: ``dp``.
+        teacher: of a distillation (which knows no pipeline).
     """
     parallel, training, stage = config.parallel, config.training, config.optimizer.zero_stage
     e = weight_bytes(config)
@@ -100,6 +107,8 @@ def training_memory(
     parts = state_parts(parameters, e, stage, dp, trained)
     if config.optimizer.offload and stage > 0:
         parts[-1] = Part("optimizer", 0, f"{parts[-1].note}: {parts[-1].bytes / 2**30:.2f} GiB of host memory")
+    if teacher is not None:
+        parts.append(_teacher(teacher, config, tokens))
     found = {
         number: activations(
             arch,
@@ -134,6 +143,18 @@ def training_memory(
     allowance = ALLOWANCE_BYTES + int(ALLOWANCE_SHARE * sum(part.bytes for part in parts))
     parts.append(Part("allowance", allowance, "5% for fragmentation, 1 GiB for the device's and communication's own"))
     return Memory(tuple(parts))
+
+
+def _teacher(teacher: Architecture, config: Config, tokens: int) -> Part:
+    """Its weights, what it says of a micro-batch, and two more chunks of logits in the loss."""
+    parallel, e = config.parallel, weight_bytes(config)
+    weights = held_parameters(teacher, parallel, Stages.whole(teacher.num_layers), 0)[0] * e
+    hidden = tokens // parallel.cp * teacher.hidden_size * e
+    chunk = min(config.training.loss_chunk_size, tokens // parallel.cp)
+    logits = 3 * chunk * FP32 * (teacher.vocab_size // parallel.tp)
+    return Part(
+        "teacher", weights + hidden + logits, "whole weights on every data-parallel rank, hidden states, logits"
+    )
 
 
 def state_parts(parameters: int, element_bytes: int, stage: int, dp: int, trained: int | None = None) -> list[Part]:

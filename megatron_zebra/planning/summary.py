@@ -1,6 +1,7 @@
 """What a dry run prints. No torch: it answers before torch could be imported."""
 
 import itertools
+from collections.abc import Sequence
 from math import prod
 
 import numpy as np
@@ -26,21 +27,31 @@ from megatron_zebra.planning.parameters import parameter_count, trained_count
 from megatron_zebra.planning.stages import Stages
 
 
-def dry_run_text(config: Config, arch: Architecture, world_size: int, stages: Stages) -> str:
+def dry_run_text(
+    config: Config,
+    arch: Architecture,
+    world_size: int,
+    stages: Stages,
+    notes: Sequence[str] = (),
+    teacher: Architecture | None = None,
+) -> str:
     """The resolved configuration and what it comes to: layers, parameters, who is where and does what, memory, bytes
     between ranks, FLOPs, tokens.
 
     Args:
         stages: of the pipeline (``pipeline.split.stages_of``).
+        notes: how the model differs from the one that the run begins from.
+        teacher: of a distillation.
     """
     parallel = config.parallel
     layout = Layout.of(world_size, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp)
     sections = [
         ("resolved configuration", to_yaml(config).rstrip().splitlines()),
+        *([(f"begins from {config.checkpoint.load}", [f"  {note}" for note in notes])] if notes else []),
         ("layers", [*stripes(arch.layer_kinds, arch.window_size).splitlines(), *_stages(arch, stages)]),
         ("parameters", _parameters(arch, config.training)),
         (f"ranks: {world_size}" + (f" = {layout}" if world_size > 1 else ""), _ranks(config, layout)),
-        (_memory_title(config), _memory(config, arch, layout, stages)),
+        (_memory_title(config), _memory(config, arch, layout, stages, teacher)),
         *([(_bytes_title(config), _communication(config, arch, layout, stages))] if world_size > 1 else []),
         (_flops_title(config), _flops(config, arch)),
         ("tokens", _tokens(config)),
@@ -170,8 +181,10 @@ def _memory_title(config: Config) -> str:
     return f"memory of a rank, estimated for {where} (micro-batch of {rows} x {length:,} tokens, {config.training.precision})"
 
 
-def _memory(config: Config, arch: Architecture, layout: Layout, stages: Stages) -> list[str]:
-    found = memory_by_rank(arch, config, layout, stages, on_cpu=config.parallel.device == "cpu")
+def _memory(
+    config: Config, arch: Architecture, layout: Layout, stages: Stages, teacher: Architecture | None
+) -> list[str]:
+    found = memory_by_rank(arch, config, layout, stages, config.parallel.device == "cpu", teacher)
     memory = max(found, key=lambda of_rank: of_rank.total)
     rows = [(part.name, _bytes(part.bytes), part.note) for part in memory.parts]
     note = f"pipeline rank {found.index(memory)} of {layout.pp}, which needs most" if layout.pp > 1 else ""

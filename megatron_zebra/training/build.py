@@ -23,6 +23,7 @@ from megatron_zebra.pipeline.runner import Runner, WholeModel
 from megatron_zebra.pipeline.split import stages_of
 from megatron_zebra.pipeline.stages import Pipeline
 from megatron_zebra.planning.memory import reduce_bucket_size
+from megatron_zebra.training.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def build_training(config: Config, arch: Architecture, grid: Grid) -> Trained:
     context = ContextParallel(grid.cp, parallel.cp_order, parallel.cp_head_groups, keep_fetched)
     if grid.pp.size == 1:
         optimizer = build_optimizer(config, build_model(config, arch, grid.device, grid.tp), grid)
-        return Trained(optimizer, WholeModel(optimizer.forward, optimizer.backward), context)
+        teacher = Teacher(config, grid, _dtype(config)) if config.training.distill.teacher else None
+        return Trained(optimizer, WholeModel(optimizer.forward, optimizer.backward, teacher), context)
     stages = stages_of(config, arch)
     held: dict[int, Decoder] = {}
     for number in (i for i, rank in enumerate(stages.ranks) if rank == grid.pp.rank):

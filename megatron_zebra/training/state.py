@@ -1,6 +1,6 @@
 """What a checkpoint holds beside tensors, and how both are saved and restored."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,15 @@ import torch
 from megatron_zebra.checkpoint.catalog import retire_newer
 from megatron_zebra.checkpoint.collective import Collective
 from megatron_zebra.checkpoint.describe import compare_model
-from megatron_zebra.checkpoint.locate import locate
 from megatron_zebra.checkpoint.pieces import PieceKey
 from megatron_zebra.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_zebra.checkpoint.save import Saved, save
 from megatron_zebra.checkpoint.verify import find_latest_good
 from megatron_zebra.config.sections import Config, Lora
+from megatron_zebra.convert.source import ModelSource
 from megatron_zebra.errors import UserError
 from megatron_zebra.model.architecture import Architecture
-from megatron_zebra.model.lora import ADAPTERS, adapter_shapes, from_metadata, merged, to_metadata
+from megatron_zebra.model.lora import ADAPTERS, adapter_shapes, from_metadata, to_metadata
 from megatron_zebra.model.trained import is_trained
 from megatron_zebra.parallel.optimizer import KINDS, Held, ShardedOptimizer
 
@@ -85,30 +85,15 @@ def resume_state(
                 f"{root}: every checkpoint is damaged; move the folder away to begin anew ({found.skipped[0]})"
             )
         return None, found.skipped
-    progress = restore(open_checkpoint(found.folder), config, arch, optimizer, KINDS)
+    progress = restore(open_checkpoint(found.folder), config, arch, optimizer)
     if found.skipped and collective.rank == 0:
         retire_newer(root, found.step)
     return progress, found.skipped
 
 
-def start_from(
-    path: Path, config: Config, arch: Architecture, optimizer: ShardedOptimizer, collective: Collective
-) -> Progress:
-    """Begin a new run from ``checkpoint.load``: a checkpoint's folder, a run folder, or a folder of checkpoints."""
-    folder, settings = locate(path, collective), config.checkpoint
-    if settings.load_part == "weights":
-        restore(open_checkpoint(folder), config, arch, optimizer, ("weight",))
-        optimizer.restored(0)
-        return Progress()
-    progress = restore(open_checkpoint(folder), config, arch, optimizer, KINDS)
-    return replace(progress, schedule_start=progress.step) if settings.schedule == "restart" else progress
-
-
 @torch.no_grad()
-def restore(
-    checkpoint: Checkpoint, config: Config, arch: Architecture, optimizer: ShardedOptimizer, kinds: Iterable[str]
-) -> Progress:
-    """Read what this rank holds of each tensor into its optimizer.
+def restore(checkpoint: Checkpoint, config: Config, arch: Architecture, optimizer: ShardedOptimizer) -> Progress:
+    """Read what this rank holds of each tensor, moments too, into its optimizer.
 
     Raises:
         UserError: the checkpoint is of another model, or damaged.
@@ -118,37 +103,58 @@ def restore(
     differences = compare_model(stored, arch.to_dict())
     if differences:
         raise UserError(f"{checkpoint.folder}: is of another model: {'; '.join(differences)}")
-    adapters = from_metadata(checkpoint.metadata)
-    same_adapters = to_metadata(adapters) == to_metadata(config.training.lora)
-    if "exp_avg" in kinds and not same_adapters:
+    adapters, wanted = from_metadata(checkpoint.metadata), config.training.lora
+    if to_metadata(adapters) != to_metadata(wanted):
         raise UserError(
-            f"training.lora: {_adapters(config.training.lora)}, {checkpoint.folder} has {_adapters(adapters)}; only "
-            "checkpoint.load with load_part: weights can change that, and merges them"
+            f"training.lora: {_adapters(wanted)}, {checkpoint.folder} has {_adapters(adapters)}; to change that, begin a new run "
+            "(checkpoint.load, checkpoint.load_part: weights)"
         )
     there = checkpoint.tensors()
     for part in optimizer.held():
-        if part.name.endswith(ADAPTERS) and not same_adapters:
-            continue  # new: as they were made
-        for kind in kinds if len(part.tensors) > 1 else ["weight"]:
+        for kind, values in part.tensors.items():
             if (part.name, kind) not in there:
                 raise UserError(
                     f"training.freeze: {part.name} was frozen in {checkpoint.folder}, so that has no moments of it; keep it "
                     "frozen, or begin a new run (checkpoint.load, checkpoint.load_part: weights)"
                 )
-            where: dict[str, Any] = {
-                "offsets": part.box.offsets,
-                "local_shape": part.box.shape,
-                "flat_start": part.start,
-                "flat_numel": part.numel,
-            }
-            if same_adapters:
-                values = checkpoint.read_tensor(part.name, kind, **where)
-            else:
-                values = merged(checkpoint.read_tensor, adapters, part.name, part.shape, **where)
-            part.tensors[kind].copy_(values)
+            values.copy_(_read(checkpoint, part, kind))
     progress = Progress(**checkpoint.metadata["progress"])
     optimizer.restored(progress.updates)
     return progress
+
+
+@torch.no_grad()
+def restore_weights(source: ModelSource, arch: Architecture, optimizer: ShardedOptimizer) -> None:
+    """Read the weights that this rank holds; adapters stay as they were made, and the moments empty.
+
+    Raises:
+        UserError: the model has other weights; some are missing, damaged or not finite.
+    """
+    expected, theirs = arch.parameter_shapes(), source.architecture.parameter_shapes()
+    if expected != theirs:
+        name = next(name for name in [*expected, *theirs] if expected.get(name) != theirs.get(name))
+        raise UserError(
+            f"{source.folder}: is of another model: {name} has shape {theirs.get(name)} there, {expected.get(name)} here"
+        )
+    for part in optimizer.held():
+        if not part.name.endswith(ADAPTERS):
+            values = _read(source, part, "weight")
+            if not torch.isfinite(values).all():
+                raise UserError(f"{source.folder}: {part.name} has values that are not finite", mine=True)
+            part.tensors["weight"].copy_(values)
+    optimizer.restored(0)
+
+
+def _read(source: ModelSource | Checkpoint, part: Held, kind: str) -> torch.Tensor:
+    values: torch.Tensor = source.read_tensor(
+        part.name,
+        kind,
+        offsets=part.box.offsets,
+        local_shape=part.box.shape,
+        flat_start=part.start,
+        flat_numel=part.numel,
+    )
+    return values
 
 
 def _adapters(lora: Lora) -> str:
