@@ -5,6 +5,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_zebra.attention.contract import Segments
+from megatron_zebra.attention.keys import KeptKeys
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.initialize import Initializer
 from megatron_zebra.model.layers import KVLinear, Linear, RMSNorm
@@ -24,6 +25,7 @@ class Attention(nn.Module):
         self, name: str, arch: Architecture, layer: int, init: Initializer, backend: str, recompute: bool
     ) -> None:
         super().__init__()
+        self.layer = layer
         self.head_dim, self.window, self.rotated = arch.head_dim, arch.window(layer), layer not in arch.nope_layers
         self.backend, self.recompute, self.tp = backend, recompute, init.tp
         hidden, heads, kv_heads, dim = arch.hidden_size, arch.num_heads, arch.num_kv_heads, arch.head_dim
@@ -35,7 +37,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(f"{name}.k_norm", dim, arch.norm_eps, init) if arch.qk_norm else None
 
     def forward(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], segments: Segments | ContextShard
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], segments: Segments | ContextShard | KeptKeys
     ) -> torch.Tensor:
         x = gather_sequence(x, self.tp)
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -53,10 +55,12 @@ class Attention(nn.Module):
         k: torch.Tensor,
         v: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
-        segments: Segments | ContextShard,
+        segments: Segments | ContextShard | KeptKeys,
     ) -> torch.Tensor:
         if self.rotated:
             q, k = rotate(q, *rope), rotate(k, *rope)
+        if not isinstance(segments, (Segments, ContextShard)):
+            return segments.attend(self.layer, q, k, v, window=self.window, backend=self.backend)
         return attend(
             q,
             k,

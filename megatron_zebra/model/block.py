@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from megatron_zebra.attention.contract import Segments
+from megatron_zebra.attention.keys import KeptKeys
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.attention import Attention
 from megatron_zebra.model.initialize import Initializer
@@ -26,7 +27,7 @@ class Block(nn.Module):
         self.mlp = MLP(f"{name}.mlp", arch, init)
 
     def forward(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], segments: Segments | ContextShard
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], segments: Segments | ContextShard | KeptKeys
     ) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x), rope, segments)
         return x + self.mlp(self.mlp_norm(x))

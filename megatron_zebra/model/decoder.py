@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_zebra.attention.contract import Segments
+from megatron_zebra.attention.keys import KeptKeys
 from megatron_zebra.attention.registry import check_backend, resolve_backend
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.block import Block
@@ -40,9 +41,12 @@ class Head(nn.Module):
         self.vocab_size, self.tp = arch.vocab_size, init.tp
         self.loss_chunk_size, self.split_backward = loss_chunk_size, split_backward
 
-    def forward(self, x: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | Loss:
+    def forward(
+        self, x: torch.Tensor, labels: torch.Tensor | None, at: torch.Tensor | None = None
+    ) -> torch.Tensor | Loss:
         x = gather_sequence(x, self.tp)
         if labels is None:
+            x = x if at is None else x[at]
             logits = nn.functional.linear(x, self.weight)
             return self.tp.all_gather(logits.t()).t()[:, : self.vocab_size]
         weight = self.weight[: self.box.shape[0]]  # without the padding, which so can neither win nor count
@@ -51,7 +55,8 @@ class Head(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens [T] of one micro-batch, its rows end to end, to a Loss (with labels [T]) or logits [T, vocab_size].
+    """Tokens [T] of one micro-batch, its rows end to end, to a Loss (with labels [T]) or logits [T, vocab_size], which
+    ``at`` [n] limits to those of these tokens: [n, vocab_size].
 
     A pipeline stage holds ``layers`` (all by default), the first one the embedding too, the last one the head. A stage
     that is not the first takes ``hidden`` [T / tp, hidden_size] of the stage before; one that is not the last returns it.
@@ -107,9 +112,10 @@ class Decoder(nn.Module):
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        segments: Segments | ContextShard,
+        segments: Segments | ContextShard | KeptKeys,
         labels: torch.Tensor | None = None,
         hidden: torch.Tensor | None = None,
+        at: torch.Tensor | None = None,
     ) -> torch.Tensor | Loss:
         rope = self._phases(positions)
         x: Any = self.embedding(tokens) if self.embedding is not None else hidden
@@ -118,14 +124,14 @@ class Decoder(nn.Module):
             x = self._block(layer, x, phase, segments)
         if self.norm is None or self.head is None:
             return x
-        return self.head(self.norm(x), labels)
+        return self.head(self.norm(x), labels, at)
 
     def _block(
         self,
         layer: nn.Module,
         x: torch.Tensor,
         phase: tuple[torch.Tensor, torch.Tensor],
-        segments: Segments | ContextShard,
+        segments: Segments | ContextShard | KeptKeys,
     ) -> torch.Tensor:
         if not torch.is_grad_enabled():
             return layer(x, phase, segments)
