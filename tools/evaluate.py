@@ -57,6 +57,7 @@ def perplexity(arguments: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
+    from megatron_zebra.checkpoint.locate import locate
     from megatron_zebra.data.indexed import IndexedPair
     from megatron_zebra.data.rows import OnePass
     from megatron_zebra.data.source import FileSource, check_vocabulary
@@ -64,7 +65,6 @@ def perplexity(arguments: argparse.Namespace) -> None:
     from megatron_zebra.evaluation.loss import evaluate
     from megatron_zebra.parallel.process import WorldCollective, world
     from megatron_zebra.pipeline.runner import WholeModel
-    from megatron_zebra.training.state import locate
 
     names = [Path(prefix).name for prefix in arguments.data]
     if len(set(names)) < len(names):

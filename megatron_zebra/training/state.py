@@ -10,6 +10,7 @@ import torch
 from megatron_zebra.checkpoint.catalog import retire_newer
 from megatron_zebra.checkpoint.collective import Collective
 from megatron_zebra.checkpoint.describe import compare_model
+from megatron_zebra.checkpoint.locate import locate
 from megatron_zebra.checkpoint.pieces import PieceKey
 from megatron_zebra.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_zebra.checkpoint.save import Saved, save
@@ -92,20 +93,6 @@ def start_from(
         return Progress()
     progress = restore(open_checkpoint(folder), arch, optimizer, KINDS)
     return replace(progress, schedule_start=progress.step) if settings.schedule == "restart" else progress
-
-
-def locate(path: Path, collective: Collective) -> Path:
-    """The newest good checkpoint at ``path``: itself, or below it."""
-    if (path / "index.json").is_file():
-        return path
-    for root in (path / "checkpoints", path):
-        if root.is_dir():
-            found = find_latest_good(root, collective)
-            if found.folder is not None:
-                return found.folder
-            if found.skipped:
-                raise UserError(f"{path}: holds no good checkpoint ({found.skipped[0]})")
-    raise UserError(f"{path}: holds no checkpoint (a run folder, or a folder with index.json, is needed)")
 
 
 @torch.no_grad()
