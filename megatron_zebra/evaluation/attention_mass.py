@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_zebra.attention.contract import Segments
@@ -13,12 +14,12 @@ from megatron_zebra.model.attention import Attention
 from megatron_zebra.model.decoder import Decoder
 from megatron_zebra.model.rope import rotate
 
-SCORES_AT_ONCE = 2**25  # elements of the scores that exist at once
+SCORES_AT_ONCE = 2**23  # elements of the scores that exist at once
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Mean over the queries that have keys beyond the window, by window [W], layer [n] and head [H].
+    """Mean over the measured queries that have keys beyond the window (so many ``queries``), by window [W], layer [n], head [H].
 
     ``mass``: share of attention on keys further back than the window. ``mass_without_sinks``: the same, without what falls
     on a document's first ``sinks`` tokens, where softmax leaves attention that it has no use for.
@@ -37,11 +38,13 @@ def profile(
     rows: Sequence[Row],
     windows: Sequence[int],
     sinks: int = 4,
+    every: int = 1,
     progress: Callable[[], object] = lambda: None,
 ) -> Profile:
     """Run ``model`` over ``rows`` and measure every layer as if it saw everything.
 
     Args:
+        every: measure every so many queries of a document.
         rows: of at least one document longer than the largest window.
         progress: told after each layer of each row.
 
@@ -54,8 +57,9 @@ def profile(
     queries = torch.zeros(len(windows), dtype=torch.int64)
     for row in rows:
         lengths: list[int] = row.lengths.tolist()
-        queries += torch.tensor([sum(max(0, n - w - 1) for n in lengths) for w in windows])
-        measure = partial(_measure, lengths=lengths, windows=windows, sinks=sinks)
+        measured = np.concatenate([np.arange(0, n, every) for n in lengths])
+        queries += torch.tensor([int((measured > w).sum()) for w in windows])
+        measure = partial(_measure, lengths=lengths, windows=windows, sinks=sinks, every=every)
         hooks = [layer.register_forward_pre_hook(partial(measure, into=into)) for layer, into in zip(layers, masses)]
         hooks += [layer.register_forward_hook(lambda *_: progress()) for layer in layers]
         try:
@@ -72,21 +76,22 @@ def profile(
     return Profile(tuple(windows), sinks, means[0], means[1], queries.tolist())
 
 
-def mass_beyond(q: torch.Tensor, k: torch.Tensor, windows: Sequence[int], sinks: int) -> torch.Tensor:
-    """Attention on keys j < i - w, summed over the queries i of one document, with and without keys j < ``sinks``.
+def mass_beyond(q: torch.Tensor, k: torch.Tensor, windows: Sequence[int], sinks: int, every: int = 1) -> torch.Tensor:
+    """Attention on keys j < i - w, summed over the queries i = 0, every, 2 every, ... of one document, with and without keys
+    j < ``sinks``.
 
-    q: [T, H, D]; k: [T, Hkv, D]; the softmax is over all j <= i. Returns [2, windows, H] in fp64. Memory O(T), time O(T^2).
+    q: [T, H, D]; k: [T, Hkv, D]; the softmax is over all j <= i. Returns [2, windows, H] in fp64. Memory O(T), time O(T^2 / every).
     """
     length, heads, dim = q.shape
+    asked = torch.arange(0, length, every, device=q.device)
     kv_heads = k.shape[1]
     k = k.float()
     out = torch.zeros(2, len(windows), heads, dtype=torch.float64, device=q.device)
     at_once = max(1, SCORES_AT_ONCE // (heads * length))
-    for first in range(0, length, at_once):
-        part = q[first : first + at_once].float().unflatten(1, (kv_heads, heads // kv_heads))
-        stop = first + len(part)
+    for i in asked.split(at_once):
+        stop = int(i[-1]) + 1
+        part = q[i].float().unflatten(1, (kv_heads, heads // kv_heads))
         scores = torch.einsum("qhgd,khd->hgqk", part, k[:stop]).flatten(0, 1) * dim**-0.5
-        i = torch.arange(first, stop, device=q.device)
         scores.masked_fill_(torch.arange(stop, device=q.device) > i[:, None], float("-inf"))
         below = scores.softmax(-1).cumsum(-1)  # [H, queries, keys]: on keys up to j
         sink = below[..., min(sinks, stop) - 1] if sinks else torch.zeros_like(below[..., 0])
@@ -111,10 +116,11 @@ def _measure(
     lengths: list[int],
     windows: Sequence[int],
     sinks: int,
+    every: int,
 ) -> None:
     """Before ``layer`` sees what it is given: add its mass [2, windows, H] to ``into``."""
     q, k = _queries_and_keys(layer, *given[:2])
-    parts = [mass_beyond(*part, windows, sinks) for part in zip(q.split(lengths), k.split(lengths))]
+    parts = [mass_beyond(*part, windows, sinks, every) for part in zip(q.split(lengths), k.split(lengths))]
     into.append(torch.stack(parts).sum(0))
 
 
