@@ -132,8 +132,8 @@ MUTATIONS = [
     Mutation(
         "moments not restored",
         "megatron_zebra/training/state.py",
-        "restore(open_checkpoint(found.folder), arch, optimizer, KINDS)",
-        'restore(open_checkpoint(found.folder), arch, optimizer, ("weight",))',
+        "values.copy_(_read(checkpoint, part, kind))",
+        'kind == "weight" and values.copy_(_read(checkpoint, part, kind))',
         RESUME,
     ),
     Mutation(

@@ -27,7 +27,10 @@ def parser() -> argparse.ArgumentParser:
     tasks = top.add_subparsers(dest="task", required=True)
     task = tasks.add_parser("perplexity", help="loss by data set and by position, bits per byte")
     task.add_argument(
-        "--checkpoint", required=True, type=Path, help="a checkpoint's folder, or a run folder (its newest good one)"
+        "--checkpoint",
+        required=True,
+        type=Path,
+        help="a model: a checkpoint, a run folder (its newest good one), a Hugging Face folder, a GGUF file",
     )
     task.add_argument(
         "--data", required=True, nargs="+", metavar="P", help="prefixes of indexed pairs, each evaluated on its own"
@@ -48,8 +51,8 @@ def main() -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
-    if not arguments.checkpoint.is_dir():
-        raise UserError(f"--checkpoint {arguments.checkpoint}: no such folder")
+    if not arguments.checkpoint.exists():
+        raise UserError(f"--checkpoint {arguments.checkpoint}: no such file or folder")
     perplexity(arguments)
 
 
@@ -57,11 +60,11 @@ def perplexity(arguments: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from megatron_zebra.checkpoint.locate import locate
+    from megatron_zebra.convert.load import load_decoder
+    from megatron_zebra.convert.source import open_model
     from megatron_zebra.data.indexed import IndexedPair
     from megatron_zebra.data.rows import OnePass
     from megatron_zebra.data.source import FileSource, check_vocabulary
-    from megatron_zebra.evaluation.load import load_model
     from megatron_zebra.evaluation.loss import evaluate
     from megatron_zebra.parallel.process import WorldCollective, world
     from megatron_zebra.pipeline.runner import WholeModel
@@ -71,13 +74,14 @@ def perplexity(arguments: argparse.Namespace) -> None:
         names = arguments.data  # sets of one name, in different folders
     pairs = {name: IndexedPair(prefix) for name, prefix in zip(names, arguments.data)}
     with world(arguments.device, 600.0) as grid:
-        folder = locate(arguments.checkpoint, WorldCollective(grid))
+        opened = open_model(arguments.checkpoint, WorldCollective(grid))
+        arch, folder = opened.architecture, opened.folder
         run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
         output = arguments.output or run / "evaluation" / "perplexity.json"
         if grid.is_main:
             _make_room(output)
         dtype = torch.float32 if arguments.precision == "fp32" else torch.bfloat16
-        arch, model = load_model(folder, grid.device, dtype)
+        model = load_decoder(opened, grid.device, dtype)
         sets: dict[str, Any] = {}
         for name, pair in pairs.items():
             warning = check_vocabulary(pair, arch.vocab_size)

@@ -1,7 +1,7 @@
 """A model to read from, by our parameter names, whatever form it is in."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -16,6 +16,7 @@ from megatron_zebra.convert.families import Understood, understand
 from megatron_zebra.convert.names import EMBEDDING, HEAD, sink_name, their_name
 from megatron_zebra.convert.safetensors import open_safetensors
 from megatron_zebra.errors import UserError
+from megatron_zebra.model import lora
 from megatron_zebra.model.architecture import Architecture
 
 NO_SINK = -1e4  # exp of less is 0 beside any score
@@ -75,18 +76,19 @@ def open_model(path: Path, collective: Collective | None = None) -> ModelSource:
 
 
 class CheckpointSource:
-    """A training checkpoint."""
+    """A training checkpoint, its adapters merged into the weights."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.folder = checkpoint, checkpoint.folder
+        self.lora = lora.from_metadata(checkpoint.metadata)
         self.architecture = folders.stored_architecture(checkpoint.metadata, self.folder)
         self.notes: list[str] = []
 
     def names(self) -> list[str]:
-        return self.checkpoint.names()
+        return [name for name in self.checkpoint.names() if not name.endswith(lora.ADAPTERS)]
 
     def dtype(self, name: str) -> str:
-        return self.checkpoint.dtype(name)
+        return "float32" if lora.is_target(name, self.lora) else self.checkpoint.dtype(name)
 
     def read_tensor(
         self,
@@ -97,9 +99,15 @@ class CheckpointSource:
         flat_start: int = 0,
         flat_numel: int | None = None,
     ) -> torch.Tensor:
-        return self.checkpoint.read_tensor(
-            name, kind, offsets=offsets, local_shape=local_shape, flat_start=flat_start, flat_numel=flat_numel
-        )
+        where: dict[str, Any] = {
+            "offsets": offsets,
+            "local_shape": local_shape,
+            "flat_start": flat_start,
+            "flat_numel": flat_numel,
+        }
+        if kind != "weight":
+            return self.checkpoint.read_tensor(name, kind, **where)
+        return lora.merged(self.checkpoint.read_tensor, self.lora, name, self.checkpoint.shape(name), **where)
 
 
 class Files(Protocol):

@@ -11,6 +11,7 @@ from megatron_zebra.attention.contract import Segments
 from megatron_zebra.attention.registry import check_backend, resolve_backend
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.block import Block
+from megatron_zebra.model.distill import Guide
 from megatron_zebra.model.initialize import Initializer
 from megatron_zebra.model.layers import Embedding, RMSNorm
 from megatron_zebra.model.loss import token_loss
@@ -22,10 +23,14 @@ from megatron_zebra.parallel.tensor import gather_sequence
 
 
 class Loss(NamedTuple):
-    """``sum`` over valid targets (differentiable), ``tokens`` [T] of each (detached, 0 where there is no target)."""
+    """``sum`` over valid targets (differentiable), ``tokens`` [T] of each (detached, 0 where there is no target).
+
+    With a teacher ``sum`` is of the mixture, ``tokens`` is the cross entropy alone and ``apart`` [T] the divergence.
+    """
 
     sum: torch.Tensor
     tokens: torch.Tensor
+    apart: torch.Tensor | None = None
 
 
 class Head(nn.Module):
@@ -40,14 +45,14 @@ class Head(nn.Module):
         self.vocab_size, self.tp = arch.vocab_size, init.tp
         self.loss_chunk_size, self.split_backward = loss_chunk_size, split_backward
 
-    def forward(self, x: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | Loss:
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None, guide: Guide | None = None) -> torch.Tensor | Loss:
         x = gather_sequence(x, self.tp)
         if labels is None:
             logits = nn.functional.linear(x, self.weight)
             return self.tp.all_gather(logits.t()).t()[:, : self.vocab_size]
         weight = self.weight[: self.box.shape[0]]  # without the padding, which so can neither win nor count
         first = self.box.offsets[0]
-        return Loss(*token_loss(x, weight, labels, self.loss_chunk_size, first, self.tp, self.split_backward))
+        return Loss(*token_loss(x, weight, labels, self.loss_chunk_size, first, self.tp, self.split_backward, guide))
 
 
 class Decoder(nn.Module):
@@ -110,15 +115,39 @@ class Decoder(nn.Module):
         segments: Segments | ContextShard,
         labels: torch.Tensor | None = None,
         hidden: torch.Tensor | None = None,
+        guide: Guide | None = None,
     ) -> torch.Tensor | Loss:
+        x = self._states(tokens, positions, segments, hidden)
+        return x if self.head is None else self.head(x, labels, guide)
+
+    @torch.no_grad()
+    def guide(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        segments: Segments | ContextShard,
+        share: float,
+        temperature: float,
+    ) -> Guide:
+        """What the model predicts for ``tokens``, for another one to learn from."""
+        assert self.head is not None
+        x = gather_sequence(self._states(tokens, positions, segments, None), self.head.tp)
+        return Guide(x, self.head.weight[: self.head.box.shape[0]], share, temperature)
+
+    def _states(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        segments: Segments | ContextShard,
+        hidden: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What goes into the head, or where another stage has it, into the next stage."""
         rope = self._phases(positions)
         x: Any = self.embedding(tokens) if self.embedding is not None else hidden
         for number, layer in self.layers.items():
             phase = rope[self.kinds[int(number)]]
             x = self._block(layer, x, phase, segments)
-        if self.norm is None or self.head is None:
-            return x
-        return self.head(self.norm(x), labels)
+        return x if self.norm is None else self.norm(x)
 
     def _block(
         self,

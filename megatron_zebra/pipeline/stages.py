@@ -52,17 +52,17 @@ class Pipeline:
         self.evaluated_at_once = grid.pp.size if schedule != "zero_bubble" else 2 * grid.pp.size
         self._made: tuple[tuple[int, int, bool], Any] | None = None
 
-    def train(self, batches: Sequence[LocalBatch], scale: torch.Tensor) -> Sequence[torch.Tensor | None]:
+    def train(self, batches: Sequence[LocalBatch], scale: torch.Tensor) -> Sequence[Loss | None]:
         """See Runner."""
         return self._run(batches, scale)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[LocalBatch]) -> Sequence[torch.Tensor | None]:
         """See Runner."""
-        return self._run(batches, None)
+        return [loss and loss.tokens for loss in self._run(batches, None)]
 
-    def _run(self, batches: Sequence[LocalBatch], scale: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
-        losses: list[torch.Tensor | None] = [None] * len(batches)
+    def _run(self, batches: Sequence[LocalBatch], scale: torch.Tensor | None) -> Sequence[Loss | None]:
+        losses: list[Loss | None] = [None] * len(batches)
         for part in self.parts.values():
             part.batches, part.losses, part.training = batches, losses, scale is not None
         schedule = self._schedule(len(batches), len(batches[0].tokens), scale is not None)
@@ -128,7 +128,7 @@ class _Part(nn.Module):
         super().__init__()
         self.decoder, self.pp = decoder, grid.pp
         self.batches: Sequence[LocalBatch] = ()
-        self.losses: list[torch.Tensor | None] = []
+        self.losses: list[Loss | None] = []
 
     def forward(self, x: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         i = int(number)  # on the host: waits for no device
@@ -137,7 +137,7 @@ class _Part(nn.Module):
         if not first:
             self._count(x)
         if isinstance(out, Loss):
-            self.losses[i] = out.tokens
+            self.losses[i] = out._replace(sum=out.sum.detach())
             return out.sum.view(1)
         if self.training:
             self._count(out)  # as many bytes come back as its gradient

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from megatron_zebra.attention.window import Int64, Window
 from megatron_zebra.config.sections import Config
 from megatron_zebra.model.architecture import Architecture
+from megatron_zebra.model.trained import is_trained
 from megatron_zebra.parallel.context.plan import tokens_received, tokens_sent
 from megatron_zebra.parallel.layout import Layout
 from megatron_zebra.parallel.sharding import Sharding
@@ -66,10 +67,11 @@ def step_bytes(
         ends = (stage == 0, stage == len(stages) - 1)
         total["tp"] += count * tensor_bytes(arch, config, len(stages.layers[stage]), *ends, tokens)
     total["pp"] += count * pipeline_bytes(arch, config, stages, pp_rank, tokens)
-    total["ends"] += tied_bytes(arch, config, stages, pp_rank)
-    parameters = held_parameters(arch, parallel, stages, pp_rank)
+    if is_trained("embedding.weight", training):
+        total["ends"] += tied_bytes(arch, config, stages, pp_rank)
+    parameters, trained = held_parameters(arch, parallel, stages, pp_rank, training)
     zero, ranks = config.optimizer.zero_stage, layout.dp * layout.cp
-    total["data"] += data_bytes(parameters, weight_bytes(config), zero, ranks, count)
+    total["data"] += data_bytes(parameters, weight_bytes(config), zero, ranks, count, trained)
     return Counter({name: value for name, value in total.items() if value})
 
 
@@ -153,12 +155,17 @@ def tied_bytes(arch: Architecture, config: Config, stages: Stages, pp_rank: int)
     return FP32 * box.padded[0] * box.padded[1]
 
 
-def data_bytes(parameters: int, element_bytes: int, stage: int, ranks: int, micro_batches: int) -> int:
+def data_bytes(
+    parameters: int, element_bytes: int, stage: int, ranks: int, micro_batches: int, trained: int | None = None
+) -> int:
     """Gradients and weights of ``parameters`` held, over ``ranks`` (dp x cp) under ZeRO ``stage``, in a step.
 
-    Under stage 3 an upper bound: small weights, and those used again soon, stay gathered.
+    Under stage 3 an upper bound: small weights, and those used again soon, stay gathered. ``trained``: of the parameters
+    (None: all), which alone have gradients and, but for stage 3, are gathered after the update.
     """
-    gradients, weights = (b * parameters * (ranks - 1) // ranks for b in (FP32, element_bytes))
+    t = parameters if trained is None else trained
+    moved = parameters if stage == 3 else t
+    gradients, weights = (b * count * (ranks - 1) // ranks for b, count in ((FP32, t), (element_bytes, moved)))
     return {
         0: 2 * gradients,
         1: 2 * gradients + weights,

@@ -51,7 +51,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("training.steps 3", ["training.steps", "not an option"]),
         ("--config no.yaml", ["no.yaml", "cannot be read"]),
         ("--model.attention_backend flash", ["model.attention_backend = flash"]),
-        ("--checkpoint.load nowhere", ["nowhere", "holds no checkpoint"]),
+        ("--checkpoint.load nowhere", ["checkpoint.load = nowhere", "holds no model"]),
         ("--data.synthetic.documents 0", ["data.train = []", "at least one"]),
     ],
 )

@@ -41,9 +41,9 @@ def again(grid: Grid, source: Path, target: Path, overrides: dict[str, Any]) -> 
     config = small(**overrides)
     arch, _ = opened(config)
     trained, collective = build_training(config, arch, grid), WorldCollective(grid)
-    progress, _ = resume_state(source / "checkpoints", arch, trained.optimizer, collective)
+    progress, _ = resume_state(source / "checkpoints", config, arch, trained.optimizer, collective)
     assert progress is not None
-    save_state(target / "checkpoints", progress, arch, trained.optimizer, config.checkpoint, collective)
+    save_state(target / "checkpoints", progress, config, arch, trained.optimizer, collective)
 
 
 @pytest.fixture(scope="module")
