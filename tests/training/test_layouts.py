@@ -130,9 +130,13 @@ CHOICES: list[tuple[dict[str, int], dict[str, Any]]] = [
     ({"world": 4, "tp": 2}, {"optimizer__zero_stage": 3, "model__qkv_bias": True, "model__tie_embeddings": True}),
     ({"world": 4, "tp": 2, "cp": 2}, {"optimizer__zero_stage": 2, "training__recompute": "full"}),
     ({"world": 4, "cp": 2}, {"optimizer__zero_stage": 3, "parallel__cp_order": "contiguous"}),
+    ({"world": 2, "tp": 2}, {"optimizer__zero_stage": 3, "training__recompute": "attention", "model__qk_norm": True}),
+    ({"world": 2}, {"optimizer__zero_stage": 3, "training__recompute": "full", "training__offload_activations": True}),
+    ({"world": 2, "pp": 2}, {"parallel__pp_schedule": "zero_bubble", "training__recompute": "attention"}),
     ({"world": 2, "cp": 2}, {"optimizer__zero_stage": 0, "parallel__cp_head_groups": 2}),
     ({"world": 3, "cp": 3}, {"parallel__cp_keep_fetched": True, "model__window_size": 30}),
-    ({"world": 2, "cp": 2}, {"training__recompute": "attention", "data__attend_across_documents": True}),
+    ({"world": 2, "cp": 2}, {"training__recompute": "attention", "training__offload_activations": True}),
+    ({"world": 2, "cp": 2}, {"data__attend_across_documents": True}),
     ({"world": 2, "cp": 2}, {"parallel__cp_order": "contiguous", "model__window_size": 47}),
 ]
 
