@@ -210,7 +210,8 @@ class Training(Section):
     seed: int = key(1234, "of weights and data order", ge=0, le=2**63 - 1)
     precision: Literal["fp32", "bf16"] = key("bf16", "bf16 keeps fp32 masters and fp32 gradient sums")
     recompute: Literal["none", "attention", "full"] = key(
-        "none", "activations computed again in backward instead of kept"
+        "none",
+        "activations computed again in backward instead of kept: those of each layer's attention (norm, q, k, v, kernel) or of all of it",
     )
     offload_activations: bool = key(False, "keep activations for backward in host memory")
     freeze: list[WeightPart] = key(

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_zebra.data.indexed import CODES, HEADER, MAGIC, VERSION, PairInfo, pair_paths, token_type
+from megatron_zebra.durable import sync, sync_folder
 from megatron_zebra.errors import UserError
 
 _BLOCK = 1 << 20  # sequences handled at once while the index is finished
@@ -96,14 +97,14 @@ class PairWriter:
         self._finish_index()
         with open(self._temporary[2], "wb") as stream:
             stream.write(info.dump().encode())
-            _sync(stream)
-        _sync(self._bin)
-        _sync(self._idx)
+            sync(stream)
+        sync(self._bin)
+        sync(self._idx)
         (bin_path, idx_path, json_path), (bin_new, idx_new, json_new) = self._paths, self._temporary
         idx_path.unlink(missing_ok=True)  # --force: from here to the end there is no pair
         for new, path in ((bin_new, bin_path), (json_new, json_path), (idx_new, idx_path)):
             os.replace(new, path)
-        _sync_folder(idx_path.parent)
+        sync_folder(idx_path.parent)
         self._bin.close()
         self._idx.close()
         return info
@@ -166,18 +167,3 @@ def _open_locked(path: Path) -> BinaryIO:
         raise UserError(f"{path}: another process is writing this pair; choose another prefix")
     stream.truncate(0)
     return stream
-
-
-def _sync(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """Make renames in a folder durable, where the system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

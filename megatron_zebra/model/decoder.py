@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron_zebra.attention.contract import Segments
 from megatron_zebra.attention.registry import check_backend, resolve_backend
@@ -17,6 +16,7 @@ from megatron_zebra.model.layers import Embedding, RMSNorm
 from megatron_zebra.model.loss import token_loss
 from megatron_zebra.model.offload import on_host
 from megatron_zebra.model.pattern import LayerKind
+from megatron_zebra.model.recompute import computed_again
 from megatron_zebra.model.rope import inverse_frequencies, phases
 from megatron_zebra.parallel.context.shard import ContextShard
 from megatron_zebra.parallel.tensor import gather_sequence
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
                 window=arch.window(i),
                 layer=f"layer {i} ({arch.layer_kinds[i]})",
             )
-            self.layers[str(i)] = Block(arch, i, init, backend, recompute == "attention")
+            self.layers[str(i)] = Block(arch, i, init, backend, recompute == "attention", offload)
         self.norm: RMSNorm | None = None
         self.head: Head | None = None
         if held.stop == arch.num_layers:
@@ -161,13 +161,7 @@ class Decoder(nn.Module):
         if not self.recompute_block:
             with on_host(layer) if self.offload else nullcontext():
                 return layer(x, phase, segments)
-        # A checkpoint keeps its arguments as they are given.
-        device, kept = x.device, x.cpu() if self.offload else x
-
-        def again(x: torch.Tensor) -> torch.Tensor:
-            return layer(x.to(device), phase, segments)
-
-        return checkpoint(again, kept, use_reentrant=False, preserve_rng_state=False)
+        return computed_again(lambda x: layer(x, phase, segments), x, self.offload)
 
     def _head_weight(self, arch: Architecture, init: Initializer, tied: nn.Parameter | None) -> nn.Parameter:
         """A tied head shares the embedding's parameter; where that is on another rank, it holds a copy of it."""
