@@ -63,11 +63,11 @@ class ChatTemplate:
         """Tokens and mask of a conversation; UserError beginning with ``where`` if the template cannot render it, or if
         what the assistant says in it cannot be told apart."""
         for number, message in enumerate(messages, 1):
-            if found := self._special.search(message["content"]):
-                raise UserError(f"{where}, message {number}: its text holds the special token {found[0]!r}")
+            if found := self.special_in(message["content"]):
+                raise UserError(f"{where}, message {number}: its text holds the special token {found!r}")
         text, spans = self._generated(messages, where) if self._marked else self._by_prefixes(messages, where)
         encoding = self._model.encode(text, add_special_tokens=False)
-        starts = np.array([start for start, _ in encoding.offsets], np.int64)
+        starts = self._starts(encoding)
         mask = np.zeros(starts.size, np.uint8)
         turns = []
         for start, stop in (self._with_end(text, span) for span in spans):
@@ -78,10 +78,14 @@ class ChatTemplate:
             turns.append((int(first), int(last)))
         return Rendered(np.array(encoding.ids, np.int32), mask, turns)
 
-    def overhead(self) -> int:
-        """How many tokens the template adds to a question and its answer, about."""
-        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-        return len(self.encode(messages, self.name).tokens) - 2
+    def special_in(self, text: str) -> str | None:
+        """The first special token that a text spells out, which no message may."""
+        found = self._special.search(text)
+        return found[0] if found else None
+
+    def token_starts(self, text: str) -> npt.NDArray[np.int64]:
+        """At which character each token of a plain text begins."""
+        return self._starts(self._model.encode(text, add_special_tokens=False))
 
     def _generated(self, messages: Sequence[Message], where: str) -> tuple[str, list[Span]]:
         text, spans = self._render(messages, where, marks=True)
@@ -125,6 +129,10 @@ class ChatTemplate:
             return start, inside[-1].end()
         after = self._special.match(text, stop)
         return start, after.end() if after else stop
+
+    @staticmethod
+    def _starts(encoding: Any) -> npt.NDArray[np.int64]:
+        return np.array([start for start, _ in encoding.offsets], np.int64)
 
     def _render(
         self, messages: Sequence[Message], where: str, prompt: bool = False, marks: bool = False
