@@ -1,7 +1,7 @@
 """Conversations: from a line of JSON to checked messages, with the place that each came from."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_zebra.data.documents import json_object, stop
 from megatron_zebra.data.inputs import Chunk
@@ -12,8 +12,16 @@ ROLES = ("system", "user", "assistant", "tool")
 _SAME = {"human": "user", "gpt": "assistant"}  # names in the {"from", "value"} form
 
 
-def conversations(chunk: Chunk, on_bad: Callable[[UserError], None] = stop) -> Iterator[tuple[str, list[Message]]]:
-    """(file and line, messages) of each line of a JSON-lines chunk; ``on_bad`` gets the error of each that is not one."""
+class Conversation(NamedTuple):
+    """``where`` it stands (file and line), its messages, and what its maker says of it ({} if nothing)."""
+
+    where: str
+    messages: list[Message]
+    meta: dict[str, Any]
+
+
+def conversations(chunk: Chunk, on_bad: Callable[[UserError], None] = stop) -> Iterator[Conversation]:
+    """Each line of a JSON-lines chunk; ``on_bad`` gets the error of each that is not one."""
     if isinstance(chunk.data, list) or chunk.format != "jsonl":
         raise UserError(
             f"{chunk.path}: conversations are read from JSON lines, not from {chunk.format} (--format jsonl)"
@@ -22,11 +30,13 @@ def conversations(chunk: Chunk, on_bad: Callable[[UserError], None] = stop) -> I
         if line.strip():
             where = f"{chunk.path}, line {number}"
             try:
-                messages = read_messages(json_object(line, where), where)
+                value = json_object(line, where)
+                messages = read_messages(value, where)
             except UserError as error:
                 on_bad(error)
             else:
-                yield where, messages
+                meta = value.get("meta")
+                yield Conversation(where, messages, meta if isinstance(meta, dict) else {})
 
 
 def read_messages(value: dict[str, Any], where: str) -> list[Message]:

@@ -168,7 +168,7 @@ def _settings(folder: Path) -> Any:
     try:
         from transformers import AutoTokenizer
     except ImportError:
-        raise UserError("chat data needs the package transformers: pip install transformers") from None
+        raise UserError("chat data needs transformers: pip install 'megatron-zebra[hf]'") from None
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -102,7 +102,7 @@ def _encode_texts(task: list[Chunk], tokenizer: Tokenizer, job: Job) -> Encoded:
 def _encode_chats(task: list[Chunk], template: "ChatTemplate", chat: ChatOptions, job: Job) -> Encoded:
     bad = _Bad(job.skip_bad)
     tokens, masks, dropped, truncated = [], [], 0, 0
-    for where, messages in (pair for chunk in task for pair in conversations(chunk, bad)):
+    for where, messages, _ in (found for chunk in task for found in conversations(chunk, bad)):
         try:
             rendered = template.encode(messages, where)
         except UserError as error:

@@ -8,7 +8,20 @@ import numpy as np
 from megatron_zebra.data.qa.words import WORDS, Split
 from megatron_zebra.errors import UserError
 
-_MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
+_MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
 _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 _TRIES = 1000
 
