@@ -54,7 +54,7 @@ def test_conversations_of_another_origin_are_judged_too(tuned: Path, tmp_path: P
     )
     assert tool(*words(tuned, tmp_path / "a.json", "plain.jsonl")) == 0
     said = json.loads((tmp_path / "a.json").read_text())
-    assert said["lengths"] == [64]
+    assert said["lengths"] == [32]
     assert said["all"]["asked"] == 3
     assert sum(map(sum, said["asked"])) == 0  # no depth is known
     assert said["by_kind"] == {}
