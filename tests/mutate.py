@@ -419,6 +419,41 @@ MUTATIONS = [
         "failure = page",
         "tests/pipeline/test_failure.py",
     ),
+    Mutation(
+        "loss on user turns",
+        "megatron_zebra/data/rows.py",
+        "read[1:] if counted is None else np.where(counted[1:], read[1:], IGNORE)",
+        "read[1:]",
+        "tests/training/test_chat_loss.py -k layout0",
+    ),
+    Mutation(
+        "the loss mask is one token late",
+        "megatron_zebra/data/rows.py",
+        "np.where(counted[1:], read[1:], IGNORE)",
+        "np.where(counted[:-1], read[1:], IGNORE)",
+        "tests/data/test_lengths.py -k rows_of",
+    ),
+    Mutation(
+        "the token that ends a turn is left out",
+        "megatron_zebra/data/chat_template.py",
+        "return start, inside[-1].end()",
+        "return start, inside[-1].start()",
+        "tests/data/test_chat.py -k 'S01 and chatml'",
+    ),
+    Mutation(
+        "a conversation is cut in silence",
+        "megatron_zebra/training/inputs.py",
+        "check_fits(source, shortest)",
+        "pass",
+        "tests/data/test_lengths.py -k one_blend",
+    ),
+    Mutation(
+        "the answer is looked for one token late",
+        "megatron_zebra/evaluation/answers.py",
+        "given[0][at - 1]",
+        "given[0][at]",
+        "tests/evaluation/test_answers.py -k greedy",
+    ),
 ]
 
 
