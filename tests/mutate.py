@@ -36,6 +36,7 @@ class Mutation:
 
 
 RESUME = "tests/training/test_resume.py -k bit_for_bit"
+EXPORT = "tests/convert/test_export.py -k sees_w_plus_1"
 CONTEXT = "tests/parallel/context/test_attention.py -k one_process"
 MUTATIONS = [
     Mutation(
@@ -453,6 +454,55 @@ MUTATIONS = [
         "given[0][at - 1]",
         "given[0][at]",
         "tests/evaluation/test_answers.py -k greedy",
+    ),
+    Mutation(
+        "window one key short in the export",
+        "megatron_zebra/convert/hosts.py",
+        "return arch.window_size + 1",
+        "return arch.window_size",
+        EXPORT,
+    ),
+    Mutation(
+        "window one key long at import",
+        "megatron_zebra/convert/families.py",
+        'values.whole("sliding_window", least=2) - 1',
+        'values.whole("sliding_window", least=2)',
+        "tests/convert/test_families.py -k 'in_and_out and mistral'",
+    ),
+    Mutation(
+        "rows of q and k not put back from GGUF's order",
+        "megatron_zebra/convert/gguf_file.py",
+        "rows.reshape(heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)",
+        "rows",
+        "tests/convert/test_gguf.py -k put_back",
+    ),
+    Mutation(
+        "scaling of RoPE lost in the export",
+        "megatron_zebra/convert/rope_config.py",
+        'if rope.scaling == "none":',
+        'if rope.scaling in ("none", "linear", "yarn", "llama3"):',
+        "tests/convert/test_rope.py -k 'V07 and llama3'",
+    ),
+    Mutation(
+        "scaling of RoPE ignored at import",
+        "megatron_zebra/convert/rope_config.py",
+        'scaling = new or old or "default"',
+        'scaling = "default"',
+        "tests/convert/test_rope.py -k 'V06 and linear'",
+    ),
+    Mutation(
+        "a layer without RoPE is exported with it",
+        "megatron_zebra/convert/hosts.py",
+        "[int(i not in arch.nope_layers) for i in range(arch.num_layers)]",
+        "[1 for i in range(arch.num_layers)]",
+        "tests/convert/test_families.py -k 'in_and_out and smollm3'",
+    ),
+    Mutation(
+        "the released format's window read as transformers' is",
+        "megatron_zebra/convert/families.py",
+        'layer_kinds(layers, values.whole("layer_group_size")), values.whole("window_size")',
+        'layer_kinds(layers, values.whole("layer_group_size")), values.whole("window_size") - 1',
+        "tests/convert/test_zebra_release.py",
     ),
 ]
 
