@@ -49,6 +49,12 @@ def kept_folder(checkpoint: Path) -> Path | None:
     return next((folder for folder in (checkpoint / KEPT, run / KEPT) if folder.is_dir()), None)
 
 
+def keep(source: Path, run: Path) -> list[str]:
+    """Copy into a run's folder what is kept of the model that it begins from; return what was copied."""
+    origin = source if (source / CONFIG).is_file() else kept_folder(source)
+    return copy_files(origin, run / KEPT, (CONFIG, GENERATION, *TOKENIZER, *TERMS)) if origin is not None else []
+
+
 def special_ids(folder: Path) -> dict[str, Any]:
     """The ids of IDS that config.json or generation_config.json of ``folder`` give."""
     ids: dict[str, Any] = {}

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_zebra.config.sections import Config
+from megatron_zebra.convert.kept import keep
 from megatron_zebra.convert.source import CheckpointSource, open_model
 from megatron_zebra.errors import UserError
 from megatron_zebra.model.architecture import Architecture
@@ -29,7 +30,7 @@ def start(
     if progress is not None:
         notes.append(f"resumed {folder} at step {progress.step}")
     elif config.checkpoint.load is not None:
-        progress, more = _begin(config, arch, optimizer, collective)
+        progress, more = _begin(config, arch, folder, optimizer, collective)
         notes += more
     fresh = Progress(seed=config.training.seed, data=inputs.fingerprint())
     if progress is None or progress.step == 0:
@@ -52,11 +53,13 @@ def start(
 
 
 def _begin(
-    config: Config, arch: Architecture, optimizer: ShardedOptimizer, collective: WorldCollective
+    config: Config, arch: Architecture, folder: Path, optimizer: ShardedOptimizer, collective: WorldCollective
 ) -> tuple[Progress, list[str]]:
     """Begin from ``checkpoint.load``: all of a checkpoint of a run, or the weights of any model."""
     settings = config.checkpoint
     source = open_model(Path(settings.load or ""), collective)
+    if collective.rank == 0:
+        keep(source.folder, folder)  # for an export, which may come when the source is gone
     if goes_on(config) and isinstance(source, CheckpointSource):
         progress = restore(source.checkpoint, config, arch, optimizer)
         if settings.schedule == "restart":

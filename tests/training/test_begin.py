@@ -85,6 +85,9 @@ def test_the_first_loss_is_the_models(run_distributed: Any, llama: Path, tmp_pat
 def test_the_run_goes_on_when_the_model_is_gone(run_distributed: Any, llama: Path, tmp_path: Path) -> None:
     source, whole, halved = tmp_path / "source", tmp_path / "whole", tmp_path / "halved"
     shutil.copytree(llama, source)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (source / name).write_bytes(b"as it is\r\n")
+    content = {path.name: path.read_bytes() for path in source.iterdir()}
     more = settings(source, training__steps=4, checkpoint__interval=2, optimizer__learning_rate=1e-3)
     more |= {"model__rope__scaling": "yarn", "model__rope__factor": 2.0}
     run_distributed(run, 1, whole, more)
@@ -99,6 +102,11 @@ def test_the_run_goes_on_when_the_model_is_gone(run_distributed: Any, llama: Pat
     # And its weights begin another run, whose model is that of the run.
     run_distributed(run, 1, tmp_path / "next", settings(halved, checkpoint__load_part="weights"))
     assert open_model(tmp_path / "next").architecture == open_model(halved).architecture
+    for run_dir in (whole, tmp_path / "next"):
+        kept = sorted(path.name for path in (run_dir / "huggingface").iterdir())
+        assert kept == ["chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json"]
+        for name in kept:
+            assert (run_dir / "huggingface" / name).read_bytes() == content[name]
 
 
 def test_weights_that_are_not_finite_are_named(run_distributed: Any, tmp_path: Path) -> None:
