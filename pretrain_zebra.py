@@ -7,21 +7,27 @@ import sys
 from megatron_zebra.config import check, help, load
 from megatron_zebra.config.sections import Config
 from megatron_zebra.errors import UserError, tell
+from megatron_zebra.launched import launched
 
 
 def main(words: list[str]) -> int:
     """Returns the exit code: 0, 2 for a user's mistake, or 1 where another rank was lost (torchrun turns any failure into 1)."""
-    rank = int(os.environ.get("RANK", "0"))
     try:
         line = load.parse_words(words)
         if line.help:
             print(help.help_text())
             return 0
-        world_size = line.world_size if line.dry_run and line.world_size else int(os.environ.get("WORLD_SIZE", "1"))
+        started = launched()
+        world_size = line.world_size if line.dry_run and line.world_size else started.world_size
         config = load.load_config(line.config, line.overrides)
+        if config.checkpoint.load is not None:
+            from megatron_zebra.training.adopt import adopted
+            from megatron_zebra.training.run_folder import run_folder
+
+            config = adopted(config, run_folder(config, line.config))
         if wrong := check.problems(config, world_size):
             raise UserError("\nerror: ".join(wrong))
-        _run(config, line, world_size, rank)
+        _run(config, line, world_size, started.rank)
     except UserError as error:
         tell(error)
         return error.code
@@ -31,9 +37,11 @@ def main(words: list[str]) -> int:
 def _run(config: Config, line: load.CommandLine, world_size: int, rank: int) -> None:
     from megatron_zebra.config.derived import longest_sequence
     from megatron_zebra.model.architecture import resolve
+    from megatron_zebra.training.adopt import notes, teacher_of
     from megatron_zebra.training.inputs import open_inputs
     from megatron_zebra.training.run_folder import locked, run_folder, write_description
 
+    teacher = teacher_of(config)
     inputs = open_inputs(config)
     arch = resolve(config.model, inputs.vocab_size, longest_sequence(config))
     folder = run_folder(config, line.config)
@@ -44,7 +52,7 @@ def _run(config: Config, line: load.CommandLine, world_size: int, rank: int) -> 
         from megatron_zebra.pipeline.split import stages_of
         from megatron_zebra.planning.summary import dry_run_text
 
-        print(dry_run_text(config, arch, world_size, stages_of(config, arch)))
+        print(dry_run_text(config, arch, world_size, stages_of(config, arch), notes(config), teacher))
         return
     # torch and DeepSpeed only from here on: they take seconds to import.
     import contextlib

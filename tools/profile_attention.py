@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--window", type=int, metavar="W", help="the one that layers are chosen by (default: the first)")
     top.add_argument("--keep", type=int, metavar="N", help="layers to keep global (default: a quarter)")
     top.add_argument("--sinks", type=int, default=4, metavar="N", help="first tokens left aside (default: 4)")
+    top.add_argument("--every", type=int, default=8, metavar="N", help="measure every so many tokens (default: 8)")
     top.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the weights (default: fp32)")
     top.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     top.add_argument(
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def checked(arguments: argparse.Namespace) -> argparse.Namespace:
-    for name in ("sequence_length", "rows", "sinks", "keep", "window"):
+    for name in ("sequence_length", "rows", "sinks", "every", "keep", "window"):
         value, least = getattr(arguments, name), 0 if name == "sinks" else 1
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} or more")
@@ -65,15 +66,13 @@ def main() -> None:
     from megatron_zebra.data.source import FileSource, check_vocabulary
     from megatron_zebra.evaluation.attention_mass import most_distant, profile
     from megatron_zebra.evaluation.load import load_model
-    from megatron_zebra.parallel.process import WorldCollective, world
+    from megatron_zebra.parallel.process import world
     from megatron_zebra.report.attention_profile import write_profile
-    from megatron_zebra.training.state import locate
 
     pair = IndexedPair(arguments.data)
     with world(arguments.device, 600.0) as grid:
-        folder = locate(arguments.checkpoint, WorldCollective(grid))
         dtype = torch.float32 if arguments.precision == "fp32" else torch.bfloat16
-        arch, model = load_model(folder, grid.device, dtype)
+        arch, model = load_model(arguments.checkpoint, grid.device, dtype)
         if warning := check_vocabulary(pair, arch.vocab_size):
             print(f"warning: {warning}", file=sys.stderr)
         keep = arguments.keep or max(1, arch.num_layers // 4)
@@ -84,7 +83,7 @@ def main() -> None:
         rows = [every.read(i) for i in range(len(every))]
         with tqdm(total=len(rows) * arch.num_layers, unit="layer", desc="attention") as bar:
             try:
-                found = profile(model, rows, arguments.windows, arguments.sinks, bar.update)
+                found = profile(model, rows, arguments.windows, arguments.sinks, arguments.every, bar.update)
             except ValueError as error:
                 raise UserError(f"--data {arguments.data}: {error}") from None
     chosen = most_distant(found, arguments.window, keep)
@@ -92,7 +91,7 @@ def main() -> None:
     at = arguments.windows.index(arguments.window)
     _print(arguments.windows, found.mass.mean(-1).tolist(), by_layer.tolist(), chosen)
     document: dict[str, Any] = {
-        "checkpoint": str(folder),
+        "checkpoint": str(arguments.checkpoint),
         "windows": arguments.windows,
         "sinks": arguments.sinks,
         "queries": found.queries,

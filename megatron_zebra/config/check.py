@@ -1,6 +1,7 @@
 """What no single key can know: the rules between keys, sections and the world size."""
 
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
 from megatron_zebra.attention.registry import BACKENDS
 from megatron_zebra.config.derived import (
@@ -11,7 +12,7 @@ from megatron_zebra.config.derived import (
     sequence_multiple,
     stages_per_rank,
 )
-from megatron_zebra.config.sections import Config, Rope
+from megatron_zebra.config.sections import Config, Rope, WeightPart
 
 OWNED_BY_US = {
     "train_batch_size": "training.global_batch_size",
@@ -34,6 +35,8 @@ OWNED_BY_US = {
     "steps_per_print": "logging.interval",
 }
 
+COUNTS_FROM_ORIGINAL = ("yarn", "llama3", "dynamic")
+
 
 def problems(config: Config, world_size: int) -> list[str]:
     """One line for each rule that is broken, naming the keys and what is allowed."""
@@ -46,8 +49,14 @@ def problems(config: Config, world_size: int) -> list[str]:
         *_pipeline(config),
         *_batch(config, world_size),
         *_optimizer(config),
+        *_frozen(config),
         *_deepspeed(config),
     ]
+
+
+def divisions(config: Config) -> list[str]:
+    """Those of ``problems`` that ask whether the model can be divided as ``parallel`` wants."""
+    return [*_tensor(config), *_context(config)]
 
 
 def warnings(config: Config) -> list[str]:
@@ -59,6 +68,9 @@ def warnings(config: Config) -> list[str]:
         found.append(
             f"model.window_size = {model.window_size} is not below data.sequence_length = {data.sequence_length}: local layers see everything"
         )
+    for path, rope in (("model.rope", model.rope), ("model.rope_local", model.rope_local)):
+        if rope is not None and rope.scaling in ("linear", "yarn", "llama3") and rope.factor == 1.0:
+            found.append(f"{path}.factor = 1.0: {rope.scaling} changes nothing")
     if config.optimizer.warmup_steps > config.training.steps:
         found.append(
             f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is above training.steps = {config.training.steps}: "
@@ -87,7 +99,7 @@ def _model(config: Config) -> Iterator[str]:
 
 
 def _rope(path: str, rope: Rope) -> Iterator[str]:
-    if rope.scaling in ("yarn", "llama3", "dynamic") and rope.original_length is None:
+    if rope.scaling in COUNTS_FROM_ORIGINAL and rope.original_length is None:
         yield f"{path}.original_length = null: must be the length trained at before, for {path}.scaling = {rope.scaling}"
     if rope.scaling == "none" and rope.factor != 1.0:
         yield f"{path}.factor = {rope.factor}: has no meaning for {path}.scaling = none"
@@ -108,6 +120,11 @@ def _data(config: Config) -> Iterator[str]:
     names = [source.name or source.prefix.rstrip("/").rsplit("/", 1)[-1] for source in data.valid]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"data.valid: two sets are named '{name}'; give each a name"
+    for path, sources in (("data.train", data.train), ("data.valid", data.valid)):
+        for number, source in enumerate(sources):
+            low, high = source.min_document_tokens, source.max_document_tokens
+            if low is not None and high is not None and low > high:
+                yield f"{path}[{number}].min_document_tokens = {low}: must not be above max_document_tokens = {high}"
     scheduled = sum(phase.steps for phase in data.sequence_schedule)
     if data.sequence_schedule and scheduled >= training.steps:
         yield f"data.sequence_schedule: its {scheduled} steps must be fewer than training.steps = {training.steps}; the rest runs at data.sequence_length"
@@ -283,6 +300,32 @@ def _optimizer(config: Config) -> Iterator[str]:
         and optimizer.decay_steps <= optimizer.warmup_steps
     ):
         yield f"optimizer.decay_steps = {optimizer.decay_steps}: must be above optimizer.warmup_steps = {optimizer.warmup_steps}"
+
+
+def _frozen(config: Config) -> Iterator[str]:
+    training, tied = config.training, config.model.tie_embeddings
+    lora, freeze = training.lora, training.freeze
+    for path, parts in (("training.freeze", freeze), ("training.lora.also_train", lora.also_train)):
+        if tied and "head" in parts and "embedding" not in parts:
+            yield f"{path}: head is the embedding's weight, with model.tie_embeddings = true; write embedding"
+    if lora.rank and freeze:
+        yield f"training.freeze = {freeze}: has no meaning with training.lora.rank = {lora.rank}, which freezes all but training.lora.also_train"
+    if lora.rank and not lora.targets:
+        yield f"training.lora.targets = []: must name at least one projection for training.lora.rank = {lora.rank}"
+    if not lora.rank:
+        trained = set(get_args(WeightPart)) - set(freeze) - ({"head"} if tied else set())
+        if not trained:
+            yield f"training.freeze = {freeze}: leaves nothing to train"
+        elif config.parallel.pp > 1 and trained <= {"embedding", "head"}:
+            yield (
+                f"training.freeze = {freeze}: must leave attention, mlp or norms to train with parallel.pp = {config.parallel.pp} "
+                "(each stage needs something)"
+            )
+    if training.distill.teacher is not None and config.parallel.pp > 1:
+        yield (
+            f"training.distill.teacher: cannot be used with parallel.pp = {config.parallel.pp} (allowed: 1): the teacher's last "
+            "layer has to lie where the model's is"
+        )
 
 
 def _deepspeed(config: Config) -> Iterator[str]:

@@ -7,6 +7,8 @@ from pydantic import BeforeValidator, Field
 from megatron_zebra.config.fields import Section, key
 
 LayerKind = Literal["global", "local"]
+WeightPart = Literal["embedding", "head", "attention", "mlp", "norms"]
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Rope(Section):
@@ -119,6 +121,18 @@ class Source(Section):
     prefix: str = key(..., "path without .bin and .idx", min_length=1)
     weight: float = key(1.0, "share of the rows, relative to the other sources", gt=0)
     name: str | None = key(None, "name in metrics; null = the last part of prefix")
+    min_document_tokens: int | None = key(
+        None,
+        "only documents at least so long; a prefix may be listed twice, its long documents with more weight",
+        "tokens",
+        ge=1,
+    )
+    max_document_tokens: int | None = key(
+        None,
+        "only documents at most so long (conversations that do not fit a row are left out with it)",
+        "tokens",
+        ge=1,
+    )
 
 
 def _sources(value: Any) -> Any:
@@ -145,7 +159,7 @@ class SequencePhase(Section):
 class Data(Section):
     """What is read, in which order and packing."""
 
-    train: SourceList = key([], "training sources: a prefix, or a list of prefixes or of {prefix, weight, name}")
+    train: SourceList = key([], "training sources: a prefix, or a list of prefixes or of {prefix, weight, ...}")
     valid: SourceList = key(
         [], "validation sources, each with a loss of its own; empty = the held-out part of train by data.split"
     )
@@ -177,6 +191,27 @@ class BatchPhase(Section):
     global_batch_size: int = key(..., "rows a step", "rows", ge=1, le=10**9)
 
 
+class Lora(Section):
+    """Low-rank adapters: each target computes x (W + alpha / rank B A)^T, and W is frozen."""
+
+    rank: int = key(0, "rank of A and B; 0 = no adapters", ge=0, le=2**16)
+    alpha: float = key(16.0, "the adapters' product counts alpha / rank", gt=0)
+    targets: list[Projection] = key(["q_proj", "k_proj", "v_proj", "o_proj"], "projections that have adapters")
+    also_train: list[WeightPart] = key(
+        [], "parts trained in full beside the adapters (LongLoRA: embedding and norms); the rest is frozen"
+    )
+
+
+class Distill(Section):
+    """A second loss: stay near what another model predicts for the same tokens."""
+
+    teacher: str | None = key(
+        None, "a model with the same vocabulary, named as in checkpoint.load; null = no distillation", min_length=1
+    )
+    weight: float = key(0.5, "share of temperature^2 KL(teacher || model); the rest is cross entropy", ge=0, le=1)
+    temperature: float = key(1.0, "both models' logits are divided by it for the KL", gt=0)
+
+
 class Training(Section):
     """The loop."""
 
@@ -187,9 +222,15 @@ class Training(Section):
     seed: int = key(1234, "of weights and data order", ge=0, le=2**63 - 1)
     precision: Literal["fp32", "bf16"] = key("bf16", "bf16 keeps fp32 masters and fp32 gradient sums")
     recompute: Literal["none", "attention", "full"] = key(
-        "none", "activations computed again in backward instead of kept"
+        "none",
+        "activations computed again in backward instead of kept: those of each layer's attention (norm, q, k, v, kernel) or of all of it",
     )
     offload_activations: bool = key(False, "keep activations for backward in host memory")
+    freeze: list[WeightPart] = key(
+        [], "parts that are not trained: no gradient, no optimizer state; a tied head is the embedding"
+    )
+    lora: Lora = key(Lora, "")
+    distill: Distill = key(Distill, "")
     loss_chunk_size: int = key(1024, "tokens whose logits exist at once", "tokens", ge=1, le=2**31 - 1)
     deterministic: bool = key(False, "deterministic kernels only (slower on a GPU)")
     max_nonfinite_steps: int = key(

@@ -102,7 +102,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Step:
-    """The ``KeptKeys`` of one call of the model; every layer attends once."""
+    """What one call of the model attends by of the model; every layer attends once."""
 
     cache: Cache
     new: dict[int, int]

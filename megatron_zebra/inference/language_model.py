@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from megatron_zebra.attention.keys import KeptKeys
+from megatron_zebra.attention.attending import Attending
 from megatron_zebra.attention.segments import Segments
 from megatron_zebra.errors import UserError
 from megatron_zebra.inference.cache import Cache
@@ -13,6 +13,7 @@ from megatron_zebra.inference.sample import Sampling, next_tokens
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.decoder import Decoder
 from megatron_zebra.parallel.group import Group
+from megatron_zebra.parallel.tensor import gather_sequence
 
 PREFILL_CHUNK = 2048
 
@@ -136,11 +137,11 @@ class LanguageModel:
         return logits
 
     def _run(
-        self, tokens: torch.Tensor, positions: torch.Tensor, keys: Segments | KeptKeys, at: torch.Tensor
+        self, tokens: torch.Tensor, positions: torch.Tensor, keys: Segments | Attending, at: torch.Tensor
     ) -> torch.Tensor:
-        out = self.decoder(tokens, positions, keys, at=at)
-        assert isinstance(out, torch.Tensor)
-        return out
+        states = self.decoder.states(tokens, positions, keys)
+        assert self.decoder.head is not None
+        return self.decoder.head.logits(gather_sequence(states, self.tp)[at])
 
     def _checked(self, ids: Prompts) -> list[torch.Tensor]:
         """Each prompt [T] on the host."""

@@ -5,28 +5,33 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from megatron_zebra.attention.attending import Attending
 from megatron_zebra.attention.contract import Segments
-from megatron_zebra.attention.keys import KeptKeys
 from megatron_zebra.attention.registry import check_backend, resolve_backend
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.block import Block
+from megatron_zebra.model.distill import Guide
 from megatron_zebra.model.initialize import Initializer
 from megatron_zebra.model.layers import Embedding, RMSNorm
 from megatron_zebra.model.loss import token_loss
 from megatron_zebra.model.offload import on_host
 from megatron_zebra.model.pattern import LayerKind
+from megatron_zebra.model.recompute import computed_again
 from megatron_zebra.model.rope import inverse_frequencies, phases
 from megatron_zebra.parallel.context.shard import ContextShard
 from megatron_zebra.parallel.tensor import gather_sequence
 
 
 class Loss(NamedTuple):
-    """``sum`` over valid targets (differentiable), ``tokens`` [T] of each (detached, 0 where there is no target)."""
+    """``sum`` over valid targets (differentiable), ``tokens`` [T] of each (detached, 0 where there is no target).
+
+    With a teacher ``sum`` is of the mixture, ``tokens`` is the cross entropy alone and ``apart`` [T] the divergence.
+    """
 
     sum: torch.Tensor
     tokens: torch.Tensor
+    apart: torch.Tensor | None = None
 
 
 class Head(nn.Module):
@@ -41,22 +46,22 @@ class Head(nn.Module):
         self.vocab_size, self.tp = arch.vocab_size, init.tp
         self.loss_chunk_size, self.split_backward = loss_chunk_size, split_backward
 
-    def forward(
-        self, x: torch.Tensor, labels: torch.Tensor | None, at: torch.Tensor | None = None
-    ) -> torch.Tensor | Loss:
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None, guide: Guide | None = None) -> torch.Tensor | Loss:
         x = gather_sequence(x, self.tp)
         if labels is None:
-            x = x if at is None else x[at]
-            logits = nn.functional.linear(x, self.weight)
-            return self.tp.all_gather(logits.t()).t()[:, : self.vocab_size]
+            return self.logits(x)
         weight = self.weight[: self.box.shape[0]]  # without the padding, which so can neither win nor count
         first = self.box.offsets[0]
-        return Loss(*token_loss(x, weight, labels, self.loss_chunk_size, first, self.tp, self.split_backward))
+        return Loss(*token_loss(x, weight, labels, self.loss_chunk_size, first, self.tp, self.split_backward, guide))
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Of any tokens, whole on every rank: x [n, hidden_size] -> [n, vocab_size]."""
+        logits = nn.functional.linear(x, self.weight)
+        return self.tp.all_gather(logits.t()).t()[:, : self.vocab_size]
 
 
 class Decoder(nn.Module):
-    """Tokens [T] of one micro-batch, its rows end to end, to a Loss (with labels [T]) or logits [T, vocab_size], which
-    ``at`` [n] limits to those of these tokens: [n, vocab_size].
+    """Tokens [T] of one micro-batch, its rows end to end, to a Loss (with labels [T]) or logits [T, vocab_size].
 
     A pipeline stage holds ``layers`` (all by default), the first one the embedding too, the last one the head. A stage
     that is not the first takes ``hidden`` [T / tp, hidden_size] of the stage before; one that is not the last returns it.
@@ -101,7 +106,7 @@ class Decoder(nn.Module):
                 window=arch.window(i),
                 layer=f"layer {i} ({arch.layer_kinds[i]})",
             )
-            self.layers[str(i)] = Block(arch, i, init, backend, recompute == "attention")
+            self.layers[str(i)] = Block(arch, i, init, backend, recompute == "attention", offload)
         self.norm: RMSNorm | None = None
         self.head: Head | None = None
         if held.stop == arch.num_layers:
@@ -112,39 +117,56 @@ class Decoder(nn.Module):
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        segments: Segments | ContextShard | KeptKeys,
+        segments: Segments | ContextShard,
         labels: torch.Tensor | None = None,
         hidden: torch.Tensor | None = None,
-        at: torch.Tensor | None = None,
+        guide: Guide | None = None,
     ) -> torch.Tensor | Loss:
+        x = self.states(tokens, positions, segments, hidden)
+        return x if self.head is None else self.head(x, labels, guide)
+
+    @torch.no_grad()
+    def guide(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        segments: Segments | ContextShard,
+        share: float,
+        temperature: float,
+    ) -> Guide:
+        """What the model predicts for ``tokens``, for another one to learn from."""
+        assert self.head is not None
+        x = gather_sequence(self.states(tokens, positions, segments), self.head.tp)
+        return Guide(x, self.head.weight[: self.head.box.shape[0]], share, temperature)
+
+    def states(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        segments: Segments | ContextShard | Attending,
+        hidden: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What goes into the head, or where another stage has it, into the next stage: [T / tp, hidden_size]."""
         rope = self._phases(positions)
         x: Any = self.embedding(tokens) if self.embedding is not None else hidden
         for number, layer in self.layers.items():
             phase = rope[self.kinds[int(number)]]
             x = self._block(layer, x, phase, segments)
-        if self.norm is None or self.head is None:
-            return x
-        return self.head(self.norm(x), labels, at)
+        return x if self.norm is None else self.norm(x)
 
     def _block(
         self,
         layer: nn.Module,
         x: torch.Tensor,
         phase: tuple[torch.Tensor, torch.Tensor],
-        segments: Segments | ContextShard | KeptKeys,
+        segments: Segments | ContextShard | Attending,
     ) -> torch.Tensor:
         if not torch.is_grad_enabled():
             return layer(x, phase, segments)
         if not self.recompute_block:
             with on_host(layer) if self.offload else nullcontext():
                 return layer(x, phase, segments)
-        # A checkpoint keeps its arguments as they are given.
-        device, kept = x.device, x.cpu() if self.offload else x
-
-        def again(x: torch.Tensor) -> torch.Tensor:
-            return layer(x.to(device), phase, segments)
-
-        return checkpoint(again, kept, use_reentrant=False, preserve_rng_state=False)
+        return computed_again(lambda x: layer(x, phase, segments), x, self.offload)
 
     def _head_weight(self, arch: Architecture, init: Initializer, tied: nn.Parameter | None) -> nn.Parameter:
         """A tied head shares the embedding's parameter; where that is on another rank, it holds a copy of it."""

@@ -1,11 +1,13 @@
 """Initial weights, each from a seed of its own name, so that they do not depend on how the model is divided."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from megatron_zebra.config.sections import Lora
 from megatron_zebra.parallel.group import Group
 from megatron_zebra.parallel.sharding import Sharding
 
@@ -16,7 +18,8 @@ class Initializer:
 
     Names and shapes are those of the whole parameter; what comes is the part of it that ``sharding`` gives this rank of
     ``tp``. It carries what the optimizer and checkpoints must know: ``full_name``, ``full_shape``, ``box`` (which part),
-    and ``tensor_model_parallel`` (whether other ranks hold other parts: DeepSpeed's norm asks for it).
+    and ``tensor_model_parallel`` (whether other ranks hold other parts: DeepSpeed's norm asks for it). ``trained`` says by
+    name which parameters have a gradient; ``lora`` which projections have adapters.
     """
 
     seed: int
@@ -26,14 +29,14 @@ class Initializer:
     device: torch.device
     tp: Group = field(default_factory=lambda: Group.alone("tp"))
     sharding: Sharding = field(default_factory=Sharding)
+    trained: Callable[[str], bool] = lambda name: True
+    lora: Lora = field(default_factory=Lora)
 
-    def normal(self, name: str, *shape: int) -> torch.nn.Parameter:
+    def normal(self, name: str, *shape: int, std: float | None = None) -> torch.nn.Parameter:
         generator = torch.Generator().manual_seed(named_seed(self.seed, name))
-        std = (
-            self.std / (2 * self.num_layers) ** 0.5
-            if name.endswith(("o_proj.weight", "down_proj.weight"))
-            else self.std
-        )
+        if std is None:
+            into_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = self.std / (2 * self.num_layers) ** 0.5 if into_stream else self.std
         return self._parameter(name, torch.empty(shape).normal_(0.0, std, generator=generator))
 
     def zeros(self, name: str, *shape: int) -> torch.nn.Parameter:
@@ -51,6 +54,7 @@ class Initializer:
         param: Any = torch.nn.Parameter(own.to(self.device, self.dtype))
         param.full_name, param.full_shape, param.box = name, tuple(whole.shape), box
         param.tensor_model_parallel = self.sharding.dimension(name) is not None
+        param.requires_grad_(self.trained(name))
         return param
 
 

@@ -9,15 +9,35 @@ from megatron_zebra.parallel.tensor import scatter_sum, sum_gradient
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, with W [out, in], or this rank's rows or columns of it."""
+    """y = x W^T + b, with W [out, in], or this rank's rows or columns of it.
+
+    With an adapter (``Initializer.lora``) y = x (W + alpha / rank B A)^T + b, A [rank, in], B [out, rank].
+    """
 
     def __init__(self, name: str, inputs: int, outputs: int, init: Initializer, bias: bool = False) -> None:
         super().__init__()
         self.weight = init.normal(f"{name}.weight", outputs, inputs)
         self.bias = init.zeros(f"{name}.bias", outputs) if bias else None
+        self.tp = init.tp
+        rank = init.lora.rank if name.split(".")[-1] in init.lora.targets else 0
+        # B is zero, so training begins at the function of W alone.
+        self.lora_a = init.normal(f"{name}.lora_a", rank, inputs, std=inputs**-0.5) if rank else None
+        self.lora_b = init.zeros(f"{name}.lora_b", outputs, rank) if rank else None
+        self.lora_scale = init.lora.alpha / rank if rank else 0.0
+        split = init.sharding.dimension
+        # What is whole on every rank sees a part of the outputs (A) or of the inputs (B): its gradient is part of a sum.
+        self.whole_a, self.whole_b = split(f"{name}.lora_a") is None, split(f"{name}.lora_b") is None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self._adapted(x, F.linear(x, self.weight, self.bias))
+
+    def _adapted(self, x: torch.Tensor, y: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        """``y`` and what the adapter adds; ``rows`` of B."""
+        if self.lora_a is None or self.lora_b is None:
+            return y
+        a = sum_gradient(self.lora_a, self.tp) if self.whole_a else self.lora_a
+        b = sum_gradient(self.lora_b, self.tp) if self.whole_b else self.lora_b
+        return y + F.linear(F.linear(x, a) * self.lora_scale, b[rows])
 
 
 class KVLinear(Linear):
@@ -27,7 +47,6 @@ class KVLinear(Linear):
         self, name: str, inputs: int, heads: int, head_dim: int, init: Initializer, bias: bool = False
     ) -> None:
         super().__init__(name, inputs, heads * head_dim, init, bias)
-        self.tp = init.tp
         used = init.sharding.kv_heads()
         self.rows = slice(used.start * head_dim, used.stop * head_dim)
         self.whole = init.tp.size > heads
@@ -36,7 +55,7 @@ class KVLinear(Linear):
         if not self.whole:
             return super().forward(x)
         bias = None if self.bias is None else sum_gradient(self.bias, self.tp)[self.rows]
-        return F.linear(x, sum_gradient(self.weight, self.tp)[self.rows], bias)
+        return self._adapted(x, F.linear(x, sum_gradient(self.weight, self.tp)[self.rows], bias), self.rows)
 
 
 class RMSNorm(nn.Module):

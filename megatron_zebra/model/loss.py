@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from megatron_zebra.model.distill import Guide, divergence
 from megatron_zebra.parallel.group import Group
 
 IGNORE = -100
@@ -19,7 +20,8 @@ def token_loss(
     first: int = 0,
     tp: Group | None = None,
     split_backward: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    guide: Guide | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Negative log-likelihood of ``labels`` under ``softmax(hidden weight^T)``, the vocabulary divided over ``tp``.
 
     Args:
@@ -28,17 +30,20 @@ def token_loss(
         labels: [T] int64, IGNORE where there is no target.
         chunk_size: tokens whose logits [chunk, rows] exist at once, in fp32.
         split_backward: backward runs once for ``hidden`` and once for ``weight``, so that it must leave its state as it is.
+        guide: a teacher to stay near to (in training only: without gradients it is not asked).
 
     Returns:
-        The sum over valid targets (fp32, differentiable), and each token's loss [T] (fp32, 0 where ignored, detached).
-        Both are the same on all ranks; the gradient of ``hidden`` is each rank's part of a sum.
+        The sum over valid targets (fp32, differentiable; of the mixture with a guide), each token's loss [T] (fp32, 0 where
+        ignored, detached), and with a guide each token's divergence from it [T], likewise. All are the same on all ranks;
+        the gradient of ``hidden`` is each rank's part of a sum.
     """
     tp = tp or Group.alone("tp")
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _ChunkedLoss.apply(hidden, weight, labels, chunk_size, first, tp, split_backward)
+        total, losses, apart = _ChunkedLoss.apply(hidden, weight, labels, chunk_size, first, tp, split_backward, guide)
+        return total, losses, apart if guide else None
     chunks = zip(hidden.split(chunk_size), labels.split(chunk_size))
     losses = torch.cat([_losses(_logits(h, weight), y, first, tp)[0] for h, y in chunks])
-    return losses.sum(), losses
+    return losses.sum(), losses, None
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -54,41 +59,54 @@ class _ChunkedLoss(torch.autograd.Function):
         first: int,
         tp: Group,
         split_backward: bool,
+        guide: Guide | None,
     ) -> Any:
         wide = torch.promote_types(weight.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+        # A frozen head has no gradient, nor the memory for one.
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if ctx.needs_input_grad[1] else None
         losses = torch.empty(labels.shape, dtype=wide, device=hidden.device)
+        apart = torch.zeros_like(losses)
         for start in range(0, len(labels), chunk_size):
             part = slice(start, start + chunk_size)
             logits = _logits(hidden[part], weight)
             losses[part], log_normalizer = _losses(logits, labels[part], first, tp)
+            if guide is not None:
+                apart[part], pull = divergence(logits, guide.logits(part, wide), guide.temperature, tp)
             grad = logits.sub_(log_normalizer[:, None]).exp_()
             target, own = _own_targets(labels[part], first, len(weight))
             if len(weight):
                 grad.scatter_add_(1, target[:, None], -own[:, None].to(grad.dtype))
+            if guide is not None:
+                grad.mul_(1.0 - guide.share).add_(pull, alpha=guide.share)
             grad = grad.mul_((labels[part] != IGNORE)[:, None]).to(hidden.dtype)
             torch.mm(grad, weight, out=grad_hidden[part])
+            if grad_weight is None:
+                continue
             if weight.dtype == wide:
                 grad_weight.addmm_(grad.t(), hidden[part])
             else:
                 grad_weight += grad.t() @ hidden[part]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype, ctx.chunk_size, ctx.split_backward = weight.dtype, chunk_size, split_backward
-        ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        apart.masked_fill_(labels == IGNORE, 0.0)
+        ctx.mark_non_differentiable(losses, apart)
+        total = losses.sum()
+        if guide is not None:
+            total = (1.0 - guide.share) * total + guide.share * apart.sum()
+        return total, losses, apart
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> Any:  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
         if ctx.split_backward:
             grad_hidden = (grad_hidden.to(grad.dtype) * grad).to(grad_hidden.dtype)
-            return grad_hidden, (grad_weight * grad).to(ctx.dtype), *(None,) * 5
+            return grad_hidden, None if grad_weight is None else (grad_weight * grad).to(ctx.dtype), *(None,) * 6
         # In place: the two live nowhere else and at long context are the largest tensors of the loss. In fp32, because a
         # factor that is a tensor on a GPU would be rounded to bf16 first.
         for part in grad_hidden.split(ctx.chunk_size):
             part.copy_(part.to(grad.dtype) * grad)
-        return grad_hidden, grad_weight.mul_(grad).to(ctx.dtype), *(None,) * 5
+        return grad_hidden, None if grad_weight is None else grad_weight.mul_(grad).to(ctx.dtype), *(None,) * 6
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

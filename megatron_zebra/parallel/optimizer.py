@@ -39,7 +39,10 @@ class Held(NamedTuple):
     numel: int
     holder: tuple[int, int]
     tensors: dict[str, torch.Tensor]
-    """By kind (weight, exp_avg, exp_avg_sq): fp32 [numel] views of the optimizer's own memory, to read or to write."""
+    """By kind (weight, exp_avg, exp_avg_sq): fp32 [numel] views of the optimizer's own memory, to read or to write.
+
+    Of a parameter that is not trained the weight alone, in the precision trained in.
+    """
 
 
 class StepResult(NamedTuple):
@@ -89,6 +92,13 @@ def held_part(
         number, count = 0, 0
     parts = {kind: tensor.detach().view(-1)[:numel] for kind, tensor in tensors.items()}
     return Held(param.full_name, param.full_shape, box, start, numel, (number, count), parts)
+
+
+def held_frozen(module: torch.nn.Module, grid: Grid) -> Iterator[Held]:
+    """The parameters that are not trained, whole on all ranks of ``grid.data``."""
+    for param in module.parameters():
+        if not param.requires_grad:
+            yield held_part(param, 0, param.numel(), {"weight": param}, grid, replicated=True)
 
 
 def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

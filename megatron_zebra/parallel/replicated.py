@@ -14,6 +14,7 @@ from megatron_zebra.parallel.optimizer import (
     adamw,
     create_moments,
     get_updates,
+    held_frozen,
     held_part,
     parameter_groups,
     set_updates,
@@ -72,6 +73,7 @@ class ReplicatedOptimizer:
         for param, master in self.masters.items():
             tensors = {"weight": master, **{kind: self.adam.state[master][kind] for kind in MOMENTS}}
             yield held_part(param, 0, param.numel(), tensors, self.grid, replicated=True)
+        yield from held_frozen(self.module, self.grid)
 
     def updates(self) -> int:
         return get_updates(self.adam)

@@ -2,7 +2,8 @@
 
 Column-parallel maps and the vocabulary are split by their outputs (dimension 0), row-parallel maps by their inputs
 (dimension 1); everything else is whole on every rank. With more ranks than KV heads the K and V projections are whole
-too: each rank uses the rows of its own head. Pure; imports no torch.
+too: each rank uses the rows of its own head. Of a LoRA adapter, that matrix is split which shares the split dimension
+with the weight: B [out, r] of a column-parallel map, A [r, in] of a row-parallel one. Pure; imports no torch.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ _SPLIT = {
     "o_proj": 1,
     "down_proj": 1,
 }
+_WHOLE_OF_ADAPTER = {"lora_a": 0, "lora_b": 1}  # in this dimension an adapter has its rank, which is never split
 Shape = tuple[int, ...]
 
 
@@ -44,10 +46,11 @@ class Sharding:
 
     def dimension(self, name: str) -> int | None:
         """The dimension in which parameter ``name`` is split; None = whole on every rank."""
-        module = name.split(".")[-2]
+        module, kind = name.split(".")[-2:]
         if self.tp == 1 or (module in ("k_proj", "v_proj") and self.tp > self.num_kv_heads):
             return None
-        return _SPLIT.get(module)
+        dimension = _SPLIT.get(module)
+        return None if dimension == _WHOLE_OF_ADAPTER.get(kind) else dimension
 
     def box(self, name: str, shape: Shape) -> Box:
         """The part of a parameter of the whole ``shape`` that this rank holds."""

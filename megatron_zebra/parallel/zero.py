@@ -17,6 +17,7 @@ from megatron_zebra.parallel.optimizer import (
     adamw,
     create_moments,
     get_updates,
+    held_frozen,
     held_part,
     parameter_groups,
     set_updates,
@@ -66,7 +67,8 @@ class ZeroOptimizer:
             config=settings,
             mpu=_Mpu(grid),
         )
-        self.tied: list[Any] = [p for p in module.parameters() if getattr(p, "tied_over_stages", False)]
+        trained = (p for p in module.parameters() if p.requires_grad)
+        self.tied: list[Any] = [p for p in trained if getattr(p, "tied_over_stages", False)]
         self.wrapper = self.engine.optimizer
         self.adam = self.wrapper.optimizer
         create_moments(self.adam, self._masters())
@@ -109,6 +111,8 @@ class ZeroOptimizer:
                 address = part.lp_fragment_address
                 tensors = {"weight": part.hp_fragment, **{kind: part.optim_fragment[kind] for kind in MOMENTS}}
                 yield held_part(param, address.start, address.numel, tensors, self.grid, replicated=False)
+        if self.stage < 3:
+            yield from held_frozen(self.engine.module, self.grid)
 
     def updates(self) -> int:
         return get_updates(self.adam)
@@ -141,11 +145,12 @@ class ZeroOptimizer:
         """Stage 3 cuts each parameter into equal flat shards by rank, the last one padded."""
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-        weight = safe_get_local_fp32_param(param)
+        weight = safe_get_local_fp32_param(param) if param.requires_grad else param.ds_tensor
         start = self.grid.data.rank * weight.numel()
         numel = min(weight.numel(), param.ds_numel - start)
         if numel > 0:
-            tensors = {"weight": weight, **{kind: safe_get_local_optimizer_state(param, kind) for kind in MOMENTS}}
+            kinds = MOMENTS if param.requires_grad else ()
+            tensors = {"weight": weight, **{kind: safe_get_local_optimizer_state(param, kind) for kind in kinds}}
             yield held_part(param, start, numel, tensors, self.grid, replicated=False)
 
 

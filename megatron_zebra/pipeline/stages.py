@@ -4,7 +4,9 @@ Only hidden states travel between ranks: each rank reads its own micro-batches' 
 stage looks them up by the number of the micro-batch, which the schedule hands it.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,17 +54,17 @@ class Pipeline:
         self.evaluated_at_once = grid.pp.size if schedule != "zero_bubble" else 2 * grid.pp.size
         self._made: tuple[tuple[int, int, bool], Any] | None = None
 
-    def train(self, batches: Sequence[LocalBatch], scale: torch.Tensor) -> Sequence[torch.Tensor | None]:
+    def train(self, batches: Sequence[LocalBatch], scale: torch.Tensor) -> Sequence[Loss | None]:
         """See Runner."""
         return self._run(batches, scale)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[LocalBatch]) -> Sequence[torch.Tensor | None]:
         """See Runner."""
-        return self._run(batches, None)
+        return [loss and loss.tokens for loss in self._run(batches, None)]
 
-    def _run(self, batches: Sequence[LocalBatch], scale: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
-        losses: list[torch.Tensor | None] = [None] * len(batches)
+    def _run(self, batches: Sequence[LocalBatch], scale: torch.Tensor | None) -> Sequence[Loss | None]:
+        losses: list[Loss | None] = [None] * len(batches)
         for part in self.parts.values():
             part.batches, part.losses, part.training = batches, losses, scale is not None
         schedule = self._schedule(len(batches), len(batches[0].tokens), scale is not None)
@@ -72,8 +74,14 @@ class Pipeline:
         schedule._loss_fn = lambda loss_sum, _: loss_sum.sum() * factor
         target = numbers if self.num_stages - 1 in self.parts else None
         run = schedule.eval if scale is None else schedule.step
-        with self.grid.traffic.within(f"pipeline over {self.grid.pp}", waits=False):
-            run(*inputs, number=numbers, target=target, return_outputs=False)
+        failure = None
+        with self.grid.traffic.within(f"pipeline over {self.grid.pp}", waits=False), _quiet_schedule():
+            try:
+                run(*inputs, number=numbers, target=target, return_outputs=False)
+            except RuntimeError as page:  # torch's, about the arguments of the stage in which something was raised
+                failure = page.__cause__ or page
+            if failure is not None:
+                raise failure
         return losses
 
     def _schedule(self, count: int, tokens: int, training: bool) -> Any:
@@ -102,6 +110,18 @@ class Pipeline:
         return stage
 
 
+@contextmanager
+def _quiet_schedule() -> Iterator[None]:
+    """Without torch's log of its whole schedule when a step fails, in which the line that matters is lost."""
+    log = logging.getLogger("torch.distributed.pipelining.schedules")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 class _Stage(PipelineStage):
     """torch's stage, which adds the weights' gradients of a split backward to ``.grad`` by itself."""
 
@@ -128,7 +148,7 @@ class _Part(nn.Module):
         super().__init__()
         self.decoder, self.pp = decoder, grid.pp
         self.batches: Sequence[LocalBatch] = ()
-        self.losses: list[torch.Tensor | None] = []
+        self.losses: list[Loss | None] = []
 
     def forward(self, x: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         i = int(number)  # on the host: waits for no device
@@ -137,7 +157,7 @@ class _Part(nn.Module):
         if not first:
             self._count(x)
         if isinstance(out, Loss):
-            self.losses[i] = out.tokens
+            self.losses[i] = out._replace(sum=out.sum.detach())
             return out.sum.view(1)
         if self.training:
             self._count(out)  # as many bytes come back as its gradient

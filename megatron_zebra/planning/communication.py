@@ -5,8 +5,9 @@ k = KV heads that a rank computes; as in ``parallel.group`` an all-gather or red
 b (n - 1) / n, an all-reduce twice that, an all-to-all exactly what it carries.
 
     cp local, cp global   a layer and micro-batch: 2 k head_dim e for each token fetched, the same for each gradient returned
-    tp                    a block: 4 x T hidden e forward (all-gather and reduce-scatter, attention and MLP), 4 backward, 3
-                          more where it is recomputed (that stops at the last thing which is kept); embedding and head 2 each
+    tp                    a block: 4 x T hidden e forward (all-gather and reduce-scatter, attention and MLP), 4 backward; 3
+                          more where all of it is recomputed, 1 where its attention is (that stops at the last thing which
+                          backward needs); embedding and head 2 each
     pp                    T / tp hidden e into each stage forward, and as much back from the next one
     ends                  the gradient of a tied weight, fp32, between first and last stage, once a step
     data                  gradients in fp32: all-reduced once a step (ZeRO 0, 1) or a micro-batch (2), reduce-scattered a
@@ -25,6 +26,7 @@ import numpy.typing as npt
 from megatron_zebra.attention.window import Int64, Window
 from megatron_zebra.config.sections import Config
 from megatron_zebra.model.architecture import Architecture
+from megatron_zebra.model.trained import is_trained
 from megatron_zebra.parallel.context.plan import tokens_received, tokens_sent
 from megatron_zebra.parallel.layout import Layout
 from megatron_zebra.parallel.sharding import Sharding
@@ -66,10 +68,11 @@ def step_bytes(
         ends = (stage == 0, stage == len(stages) - 1)
         total["tp"] += count * tensor_bytes(arch, config, len(stages.layers[stage]), *ends, tokens)
     total["pp"] += count * pipeline_bytes(arch, config, stages, pp_rank, tokens)
-    total["ends"] += tied_bytes(arch, config, stages, pp_rank)
-    parameters = held_parameters(arch, parallel, stages, pp_rank)
+    if is_trained("embedding.weight", training):
+        total["ends"] += tied_bytes(arch, config, stages, pp_rank)
+    parameters, trained = held_parameters(arch, parallel, stages, pp_rank, training)
     zero, ranks = config.optimizer.zero_stage, layout.dp * layout.cp
-    total["data"] += data_bytes(parameters, weight_bytes(config), zero, ranks, count)
+    total["data"] += data_bytes(parameters, weight_bytes(config), zero, ranks, count, trained)
     return Counter({name: value for name, value in total.items() if value})
 
 
@@ -115,7 +118,7 @@ def tensor_bytes(arch: Architecture, config: Config, layers: int, first: bool, l
         return 2 * size * (n - 1) // n
 
     hidden = tokens * arch.hidden_size * e * (n - 1) // n
-    recomputed = 3 if config.training.recompute == "full" else 0
+    recomputed = {"none": 0, "attention": 1, "full": 3}[config.training.recompute]
     norm = all_reduce(arch.hidden_size * e)
     gradients = 2 * norm
     if arch.qk_norm:
@@ -153,12 +156,17 @@ def tied_bytes(arch: Architecture, config: Config, stages: Stages, pp_rank: int)
     return FP32 * box.padded[0] * box.padded[1]
 
 
-def data_bytes(parameters: int, element_bytes: int, stage: int, ranks: int, micro_batches: int) -> int:
+def data_bytes(
+    parameters: int, element_bytes: int, stage: int, ranks: int, micro_batches: int, trained: int | None = None
+) -> int:
     """Gradients and weights of ``parameters`` held, over ``ranks`` (dp x cp) under ZeRO ``stage``, in a step.
 
-    Under stage 3 an upper bound: small weights, and those used again soon, stay gathered.
+    Under stage 3 an upper bound: small weights, and those used again soon, stay gathered. ``trained``: of the parameters
+    (None: all), which alone have gradients and, but for stage 3, are gathered after the update.
     """
-    gradients, weights = (b * parameters * (ranks - 1) // ranks for b in (FP32, element_bytes))
+    t = parameters if trained is None else trained
+    moved = parameters if stage == 3 else t
+    gradients, weights = (b * count * (ranks - 1) // ranks for b, count in ((FP32, t), (element_bytes, moved)))
     return {
         0: 2 * gradients,
         1: 2 * gradients + weights,

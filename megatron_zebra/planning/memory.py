@@ -10,6 +10,9 @@ wherever the weights cannot be their own:
     2      e P                       4 P / dp    4 P / dp                 8 P / dp
     3      e P / dp + e min(P, 1e9)  4 P / dp    4 P / dp                 8 P / dp
 
+Weights that are not trained (training.freeze, training.lora) are counted with the weights alone. What a frozen weight's
+layer no longer keeps for its gradient is not taken off the activations, which so are an upper bound.
+
 The second term of stage 3 is what it may hold gathered (stage3_max_live_parameters). Reduction buffers, by measurement
 of DeepSpeed 0.19.8 (tests/planning/test_memory.py): stage 1 fp32 4 B, bf16 4 min(P, 5e8), both after the last backward;
 stage 2 e B and stage 3 4 B, with 4 min(P, B) in fp32, (4 + e) min(P, B) in bf16, during it
@@ -59,12 +62,17 @@ class Memory:
 
 
 def memory_by_rank(
-    arch: Architecture, config: Config, layout: Layout, stages: Stages, on_cpu: bool = False
+    arch: Architecture,
+    config: Config,
+    layout: Layout,
+    stages: Stages,
+    on_cpu: bool = False,
+    teacher: Architecture | None = None,
 ) -> list[Memory]:
     """What a rank of each pipeline rank needs, at the longest rows of the run: [pp]."""
     tokens = config.training.micro_batch_size * longest_sequence(config)
     return [
-        training_memory(arch, config, layout.dp * layout.cp, tokens, on_cpu, stages, rank, layout.dp)
+        training_memory(arch, config, layout.dp * layout.cp, tokens, on_cpu, stages, rank, layout.dp, teacher)
         for rank in range(stages.pp)
     ]
 
@@ -78,6 +86,7 @@ def training_memory(
     stages: Stages | None = None,
     pp_rank: int = 0,
     readers: int | None = None,
+    teacher: Architecture | None = None,
 ) -> Memory:
     """What one of ``dp`` ranks needs.
 
@@ -87,16 +96,19 @@ def training_memory(
         on_cpu: see ``activations``.
         stages, pp_rank: which of the pipeline's layers the rank holds; None: all.
         readers: data-parallel ranks without context parallelism, among which the global batch is divided; None: ``dp``.
+        teacher: of a distillation (which knows no pipeline).
     """
     parallel, training, stage = config.parallel, config.training, config.optimizer.zero_stage
     e = weight_bytes(config)
     stages = stages or Stages.whole(arch.num_layers)
-    parameters = held_parameters(arch, parallel, stages, pp_rank)
+    parameters, trained = held_parameters(arch, parallel, stages, pp_rank, training)
     micro_batches = max(1, training.global_batch_size // (training.micro_batch_size * (readers or dp)))
     filled = in_flight(stages, parallel.pp_schedule, micro_batches, pp_rank)
-    parts = state_parts(parameters, e, stage, dp)
+    parts = state_parts(parameters, e, stage, dp, trained)
     if config.optimizer.offload and stage > 0:
         parts[-1] = Part("optimizer", 0, f"{parts[-1].note}: {parts[-1].bytes / 2**30:.2f} GiB of host memory")
+    if teacher is not None:
+        parts.append(_teacher(teacher, config, tokens))
     found = {
         number: activations(
             arch,
@@ -122,7 +134,7 @@ def training_memory(
             Part("pipeline", buffers * hidden, "hidden states and gradients on their way, of every micro-batch")
         )
     buffers = reduction_buffers(
-        parameters, e, stage, _zero_setting(config, "reduce_bucket_size", reduce_bucket_size(parameters))
+        trained, e, stage, _zero_setting(config, "reduce_bucket_size", reduce_bucket_size(trained))
     )
     if stage == 1:
         # They are there when the activations are not.
@@ -133,8 +145,20 @@ def training_memory(
     return Memory(tuple(parts))
 
 
-def state_parts(parameters: int, element_bytes: int, stage: int, dp: int) -> list[Part]:
-    """Weights, gradients and optimizer of one of ``dp`` ranks under ZeRO ``stage``."""
+def _teacher(teacher: Architecture, config: Config, tokens: int) -> Part:
+    """Its weights, what it says of a micro-batch, and two more chunks of logits in the loss."""
+    parallel, e = config.parallel, weight_bytes(config)
+    weights = held_parameters(teacher, parallel, Stages.whole(teacher.num_layers), 0)[0] * e
+    hidden = tokens // parallel.cp * teacher.hidden_size * e
+    chunk = min(config.training.loss_chunk_size, tokens // parallel.cp)
+    logits = 3 * chunk * FP32 * (teacher.vocab_size // parallel.tp)
+    return Part(
+        "teacher", weights + hidden + logits, "whole weights on every data-parallel rank, hidden states, logits"
+    )
+
+
+def state_parts(parameters: int, element_bytes: int, stage: int, dp: int, trained: int | None = None) -> list[Part]:
+    """Weights, gradients and optimizer of one of ``dp`` ranks under ZeRO ``stage``; ``trained`` of the parameters (None: all)."""
 
     def share(whole: int, from_stage: int) -> int:
         return ceil(whole / dp) if stage >= from_stage else whole
@@ -143,15 +167,16 @@ def state_parts(parameters: int, element_bytes: int, stage: int, dp: int) -> lis
         return f"{text}, 1/{dp} of them" if stage >= from_stage and dp > 1 else text
 
     p, e = parameters, element_bytes
+    t = p if trained is None else trained
     kind = "bf16" if e == 2 else "fp32"
     gathered = min(p, LIVE_PARAMETERS) * e if stage == 3 else 0
-    masters = FP32 * p if stage > 0 or e < FP32 else 0
+    masters = FP32 * t if stage > 0 or e < FP32 else 0
     weights = f"{kind}, 1/{dp} of them and those gathered for use" if stage == 3 else kind
     return [
         Part("weights", share(e * p, 3) + gathered, weights),
-        Part("gradients", share(FP32 * p, 2), note("fp32 sums", 2)),
+        Part("gradients", share(FP32 * t, 2), note("fp32 sums", 2)),
         Part(
-            "optimizer", share(masters + 2 * FP32 * p, 1), note("fp32 masters and moments" if masters else "moments", 1)
+            "optimizer", share(masters + 2 * FP32 * t, 1), note("fp32 masters and moments" if masters else "moments", 1)
         ),
     ]
 

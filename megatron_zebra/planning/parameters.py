@@ -2,8 +2,10 @@
 
 from math import prod
 
-from megatron_zebra.config.sections import Config, Parallel
+from megatron_zebra.config.sections import Config, Lora, Parallel, Training
 from megatron_zebra.model.architecture import Architecture
+from megatron_zebra.model.lora import adapter_shapes
+from megatron_zebra.model.trained import is_trained
 from megatron_zebra.parallel.sharding import Sharding
 from megatron_zebra.planning.stages import Stages
 
@@ -13,30 +15,50 @@ def parameter_count(arch: Architecture) -> int:
     return sum(prod(shape) for shape in arch.parameter_shapes().values())
 
 
-def held_parameters(arch: Architecture, parallel: Parallel, stages: Stages, pp_rank: int) -> int:
-    """Parameters of a rank: its stages' part over tensor parallelism, the vocabulary's padding included.
+def trained_count(arch: Architecture, training: Training) -> int:
+    """Parameters with a gradient, adapters among them."""
+    shapes = arch.parameter_shapes() | adapter_shapes(arch, training.lora)
+    return sum(prod(shape) for name, shape in shapes.items() if is_trained(name, training))
 
-    With the last stage comes a copy of a tied weight whose embedding is on another rank.
+
+def held_parameters(
+    arch: Architecture, parallel: Parallel, stages: Stages, pp_rank: int, training: Training | None = None
+) -> tuple[int, int]:
+    """Parameters of a rank, and how many of them are trained.
+
+    It holds its stages' part over tensor parallelism, the vocabulary's padding included, and with the last stage a copy of
+    a tied weight whose embedding is on another rank.
+
+    Args:
+        training: what is frozen and which adapters there are; None: neither.
     """
-    return sum(prod(shape) for shape in held_shapes(arch, parallel, stages, pp_rank))
+    training = training or Training()
+    sizes = [
+        (prod(shape), is_trained(name, training))
+        for name, shape in held_shapes(arch, parallel, stages, pp_rank, training.lora)
+    ]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
-def held_shapes(arch: Architecture, parallel: Parallel, stages: Stages, pp_rank: int) -> list[tuple[int, ...]]:
-    """Shapes of those, as they are in memory (all tensor-parallel ranks have the same)."""
+def held_shapes(
+    arch: Architecture, parallel: Parallel, stages: Stages, pp_rank: int, lora: Lora
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of those, as they are in memory (all tensor-parallel ranks have the same)."""
     sharding = Sharding(parallel.tp, 0, arch.num_kv_heads, parallel.vocab_multiple)
     held = stages.of_rank(pp_rank)
     layers = set(stages.layers_of_rank(pp_rank))
     found = []
-    for name, shape in arch.parameter_shapes().items():
+    for name, shape in (arch.parameter_shapes() | adapter_shapes(arch, lora)).items():
         part, *rest = name.split(".")
         if part == "layers":
             here = int(rest[0]) in layers
         else:
             here = (0 if part == "embedding" else len(stages) - 1) in held
         if here:
-            found.append(sharding.box(name, shape).padded)
+            found.append((name, sharding.box(name, shape).padded))
     if arch.tie_embeddings and len(stages) - 1 in held and 0 not in held:
-        found.append(sharding.box("embedding.weight", (arch.vocab_size, arch.hidden_size)).padded)
+        name = "embedding.weight"
+        found.append((name, sharding.box(name, (arch.vocab_size, arch.hidden_size)).padded))
     return found
 
 

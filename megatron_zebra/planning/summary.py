@@ -1,13 +1,14 @@
 """What a dry run prints. No torch: it answers before torch could be imported."""
 
 import itertools
+from collections.abc import Sequence
 from math import prod
 
 import numpy as np
 
 from megatron_zebra.config.derived import longest_sequence, ranks_per_replica
 from megatron_zebra.config.load import to_yaml
-from megatron_zebra.config.sections import Config
+from megatron_zebra.config.sections import Config, Training
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.pattern import cells, stripes
 from megatron_zebra.parallel.context.layout import stretches
@@ -22,25 +23,35 @@ from megatron_zebra.planning.flops import (
     uncut_flops,
 )
 from megatron_zebra.planning.memory import memory_by_rank
-from megatron_zebra.planning.parameters import parameter_count
+from megatron_zebra.planning.parameters import parameter_count, trained_count
 from megatron_zebra.planning.stages import Stages
 
 
-def dry_run_text(config: Config, arch: Architecture, world_size: int, stages: Stages) -> str:
+def dry_run_text(
+    config: Config,
+    arch: Architecture,
+    world_size: int,
+    stages: Stages,
+    notes: Sequence[str] = (),
+    teacher: Architecture | None = None,
+) -> str:
     """The resolved configuration and what it comes to: layers, parameters, who is where and does what, memory, bytes
     between ranks, FLOPs, tokens.
 
     Args:
         stages: of the pipeline (``pipeline.split.stages_of``).
+        notes: how the model differs from the one that the run begins from.
+        teacher: of a distillation.
     """
     parallel = config.parallel
     layout = Layout.of(world_size, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp)
     sections = [
         ("resolved configuration", to_yaml(config).rstrip().splitlines()),
+        *([(f"begins from {config.checkpoint.load}", [f"  {note}" for note in notes])] if notes else []),
         ("layers", [*stripes(arch.layer_kinds, arch.window_size).splitlines(), *_stages(arch, stages)]),
-        ("parameters", _parameters(arch)),
+        ("parameters", _parameters(arch, config.training)),
         (f"ranks: {world_size}" + (f" = {layout}" if world_size > 1 else ""), _ranks(config, layout)),
-        (_memory_title(config), _memory(config, arch, layout, stages)),
+        (_memory_title(config), _memory(config, arch, layout, stages, teacher)),
         *([(_bytes_title(config), _communication(config, arch, layout, stages))] if world_size > 1 else []),
         (_flops_title(config), _flops(config, arch)),
         ("tokens", _tokens(config)),
@@ -74,17 +85,19 @@ def _value_at(step: int, phases: list[tuple[int, int]], afterwards: int) -> int:
     return afterwards
 
 
-def _parameters(arch: Architecture) -> list[str]:
+def _parameters(arch: Architecture, training: Training) -> list[str]:
     shapes = arch.parameter_shapes()
     embedding = prod(shapes["embedding.weight"])
     head = prod(shapes.get("head.weight", (0,)))
-    total = parameter_count(arch)
+    total, trained = parameter_count(arch), trained_count(arch, training)
+    note = f"adapters of rank {training.lora.rank} among them" if training.lora.rank else f"{trained / total:.1%}"
     return _table(
         [
             ("total", f"{total:,}", ""),
             ("embedding", f"{embedding:,}", "also the head's weight" if arch.tie_embeddings else ""),
             *([("head", f"{head:,}", "")] if head else []),
             ("non-embedding", f"{total - embedding - head:,}", f"{arch.num_layers} layers"),
+            *([("trained", f"{trained:,}", note)] if trained != total else []),
         ]
     )
 
@@ -168,8 +181,10 @@ def _memory_title(config: Config) -> str:
     return f"memory of a rank, estimated for {where} (micro-batch of {rows} x {length:,} tokens, {config.training.precision})"
 
 
-def _memory(config: Config, arch: Architecture, layout: Layout, stages: Stages) -> list[str]:
-    found = memory_by_rank(arch, config, layout, stages, on_cpu=config.parallel.device == "cpu")
+def _memory(
+    config: Config, arch: Architecture, layout: Layout, stages: Stages, teacher: Architecture | None
+) -> list[str]:
+    found = memory_by_rank(arch, config, layout, stages, config.parallel.device == "cpu", teacher)
     memory = max(found, key=lambda of_rank: of_rank.total)
     rows = [(part.name, _bytes(part.bytes), part.note) for part in memory.parts]
     note = f"pipeline rank {found.index(memory)} of {layout.pp}, which needs most" if layout.pp > 1 else ""

@@ -11,6 +11,7 @@ from megatron_zebra.errors import UserError
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.decoder import Decoder
 from megatron_zebra.model.initialize import Initializer
+from megatron_zebra.model.trained import is_trained
 from megatron_zebra.parallel.context.shard import ContextParallel
 from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.parallel.group import Group
@@ -22,6 +23,7 @@ from megatron_zebra.pipeline.runner import Runner, WholeModel
 from megatron_zebra.pipeline.split import stages_of
 from megatron_zebra.pipeline.stages import Pipeline
 from megatron_zebra.planning.memory import reduce_bucket_size
+from megatron_zebra.training.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ def build_training(config: Config, arch: Architecture, grid: Grid) -> Trained:
     context = ContextParallel(grid.cp, parallel.cp_order, parallel.cp_head_groups, keep_fetched)
     if grid.pp.size == 1:
         optimizer = build_optimizer(config, build_model(config, arch, grid.device, grid.tp), grid)
-        return Trained(optimizer, WholeModel(optimizer.forward, optimizer.backward), context)
+        teacher = Teacher(config, grid, _dtype(config)) if config.training.distill.teacher else None
+        return Trained(optimizer, WholeModel(optimizer.forward, optimizer.backward, teacher), context)
     stages = stages_of(config, arch)
     held: dict[int, Decoder] = {}
     for number in (i for i, rank in enumerate(stages.ranks) if rank == grid.pp.rank):
@@ -73,7 +76,15 @@ def build_model(
     tp = tp or Group.alone("tp")
     sharding = Sharding(tp.size, tp.rank, arch.num_kv_heads, config.parallel.vocab_multiple)
     init = Initializer(
-        config.training.seed, config.model.init_std, arch.num_layers, _dtype(config), device, tp, sharding
+        config.training.seed,
+        config.model.init_std,
+        arch.num_layers,
+        _dtype(config),
+        device,
+        tp,
+        sharding,
+        trained=lambda name: is_trained(name, config.training),
+        lora=config.training.lora,
     )
     try:
         return Decoder(
@@ -102,7 +113,7 @@ def build_optimizer(config: Config, module: nn.Module, grid: Grid) -> ShardedOpt
         config.training.precision == "bf16",
         config.training.micro_batch_size,
         settings.clip_grad,
-        reduce_bucket_size(sum(param.numel() for param in module.parameters())),
+        reduce_bucket_size(sum(param.numel() for param in module.parameters() if param.requires_grad)),
         settings.offload,
         config.deepspeed,
     )

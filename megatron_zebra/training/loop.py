@@ -183,6 +183,8 @@ class _Run:
             "communication_bytes": sum(self.grid.traffic.bytes.values()),
             "peak_memory_bytes": peak_memory(self.grid.device),
         }
+        if self.config.training.distill.teacher is not None:
+            record["distill_loss"] = outcome.distill_loss
         record |= {f"communication_bytes/{name}": count for name, count in sorted(self.grid.traffic.bytes.items())}
         if len(self.inputs.source_names) > 1:
             record |= {f"loss/{self.inputs.source_names[i]}": loss for i, loss in outcome.source_losses.items()}
@@ -208,9 +210,9 @@ class _Run:
             saved = save_state(
                 self.folder / "checkpoints",
                 progress,
+                self.config,
                 self.arch,
                 self.trained.optimizer,
-                self.config.checkpoint,
                 self.collective,
             )
         except DiskFull as error:

@@ -4,13 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_zebra.config.sections import Config
+from megatron_zebra.convert.kept import keep
+from megatron_zebra.convert.source import CheckpointSource, open_model
 from megatron_zebra.errors import UserError
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.parallel.optimizer import ShardedOptimizer
 from megatron_zebra.parallel.process import WorldCollective
+from megatron_zebra.training.adopt import goes_on
+from megatron_zebra.training.adopt import notes as described
 from megatron_zebra.training.inputs import Inputs
 from megatron_zebra.training.schedule import rows_before
-from megatron_zebra.training.state import Progress, resume_state, start_from
+from megatron_zebra.training.state import Progress, restore, restore_weights, resume_state
 
 
 def start(
@@ -22,12 +26,12 @@ def start(
     collective: WorldCollective,
 ) -> tuple[Progress, list[str]]:
     """Resume the run folder, or begin from ``checkpoint.load``, or from nothing."""
-    progress, notes = resume_state(folder / "checkpoints", arch, optimizer, collective)
+    progress, notes = resume_state(folder / "checkpoints", config, arch, optimizer, collective)
     if progress is not None:
         notes.append(f"resumed {folder} at step {progress.step}")
     elif config.checkpoint.load is not None:
-        progress = start_from(Path(config.checkpoint.load), config.checkpoint, arch, optimizer, collective)
-        notes.append(f"began from {config.checkpoint.load} ({config.checkpoint.load_part}) at step {progress.step}")
+        progress, more = _begin(config, arch, folder, optimizer, collective)
+        notes += more
     fresh = Progress(seed=config.training.seed, data=inputs.fingerprint())
     if progress is None or progress.step == 0:
         return fresh, notes
@@ -46,3 +50,20 @@ def start(
             f"{expected}; keep the global batch of the steps already done"
         )
     return progress, notes
+
+
+def _begin(
+    config: Config, arch: Architecture, folder: Path, optimizer: ShardedOptimizer, collective: WorldCollective
+) -> tuple[Progress, list[str]]:
+    """Begin from ``checkpoint.load``: all of a checkpoint of a run, or the weights of any model."""
+    settings = config.checkpoint
+    source = open_model(Path(settings.load or ""), collective)
+    if collective.rank == 0:
+        keep(source.folder, folder)  # for an export, which may come when the source is gone
+    if goes_on(config) and isinstance(source, CheckpointSource):
+        progress = restore(source.checkpoint, config, arch, optimizer)
+        if settings.schedule == "restart":
+            progress = replace(progress, schedule_start=progress.step)
+        return progress, [f"began from {source.folder} at step {progress.step}"]
+    restore_weights(source, arch, optimizer)
+    return Progress(), [*source.notes, f"began from the weights of {source.folder}", *described(config)]

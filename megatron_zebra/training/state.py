@@ -1,6 +1,6 @@
 """What a checkpoint holds beside tensors, and how both are saved and restored."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,12 @@ from megatron_zebra.checkpoint.pieces import PieceKey
 from megatron_zebra.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_zebra.checkpoint.save import Saved, save
 from megatron_zebra.checkpoint.verify import find_latest_good
-from megatron_zebra.config import sections
+from megatron_zebra.config.sections import Config, Lora
+from megatron_zebra.convert.source import ModelSource
 from megatron_zebra.errors import UserError
 from megatron_zebra.model.architecture import Architecture
+from megatron_zebra.model.lora import ADAPTERS, adapter_shapes, from_metadata, to_metadata
+from megatron_zebra.model.trained import is_trained
 from megatron_zebra.parallel.optimizer import KINDS, Held, ShardedOptimizer
 
 
@@ -37,30 +40,37 @@ class Progress:
 def save_state(
     root: Path,
     progress: Progress,
+    config: Config,
     arch: Architecture,
     optimizer: ShardedOptimizer,
-    settings: sections.Checkpoint,
     collective: Collective,
 ) -> Saved:
     """Write a checkpoint of ``progress.step`` under ``root``; called by all ranks."""
     held = list(optimizer.held())
     pieces = [piece for part in held for piece in _pieces(part)]
-    expected = {(name, kind): shape for name, shape in arch.parameter_shapes().items() for kind in KINDS}
+    lora, settings = config.training.lora, config.checkpoint
+    shapes = arch.parameter_shapes() | adapter_shapes(arch, lora)
+    expected = {
+        (name, kind): shape
+        for name, shape in shapes.items()
+        for kind in (KINDS if is_trained(name, config.training) else ("weight",))
+    }
+    metadata = {"architecture": arch.to_dict(), "progress": asdict(replace(progress, updates=optimizer.updates()))}
     return save(
         root,
         progress.step,
         iter(pieces),
-        {"architecture": arch.to_dict(), "progress": asdict(replace(progress, updates=optimizer.updates()))},
+        metadata | ({"lora": to_metadata(lora)} if lora.rank else {}),
         collective=collective,
         expected=expected,
-        expected_bytes=sum(key.flat_numel * 4 for key, _ in pieces),
+        expected_bytes=sum(tensor.nbytes for _, tensor in pieces),
         keep_last=settings.keep_last,
         keep_every=settings.keep_every,
     )
 
 
 def resume_state(
-    root: Path, arch: Architecture, optimizer: ShardedOptimizer, collective: Collective
+    root: Path, config: Config, arch: Architecture, optimizer: ShardedOptimizer, collective: Collective
 ) -> tuple[Progress | None, list[str]]:
     """Restore the newest good checkpoint under ``root``, if there is one; called by all ranks.
 
@@ -75,42 +85,15 @@ def resume_state(
                 f"{root}: every checkpoint is damaged; move the folder away to begin anew ({found.skipped[0]})"
             )
         return None, found.skipped
-    progress = restore(open_checkpoint(found.folder), arch, optimizer, KINDS)
+    progress = restore(open_checkpoint(found.folder), config, arch, optimizer)
     if found.skipped and collective.rank == 0:
         retire_newer(root, found.step)
     return progress, found.skipped
 
 
-def start_from(
-    path: Path, settings: sections.Checkpoint, arch: Architecture, optimizer: ShardedOptimizer, collective: Collective
-) -> Progress:
-    """Begin a new run from ``checkpoint.load``: a checkpoint's folder, a run folder, or a folder of checkpoints."""
-    folder = locate(path, collective)
-    if settings.load_part == "weights":
-        restore(open_checkpoint(folder), arch, optimizer, ("weight",))
-        optimizer.restored(0)
-        return Progress()
-    progress = restore(open_checkpoint(folder), arch, optimizer, KINDS)
-    return replace(progress, schedule_start=progress.step) if settings.schedule == "restart" else progress
-
-
-def locate(path: Path, collective: Collective) -> Path:
-    """The newest good checkpoint at ``path``: itself, or below it."""
-    if (path / "index.json").is_file():
-        return path
-    for root in (path / "checkpoints", path):
-        if root.is_dir():
-            found = find_latest_good(root, collective)
-            if found.folder is not None:
-                return found.folder
-            if found.skipped:
-                raise UserError(f"{path}: holds no good checkpoint ({found.skipped[0]})")
-    raise UserError(f"{path}: holds no checkpoint (a run folder, or a folder with index.json, is needed)")
-
-
 @torch.no_grad()
-def restore(checkpoint: Checkpoint, arch: Architecture, optimizer: ShardedOptimizer, kinds: Iterable[str]) -> Progress:
-    """Read what this rank holds of each tensor into its optimizer.
+def restore(checkpoint: Checkpoint, config: Config, arch: Architecture, optimizer: ShardedOptimizer) -> Progress:
+    """Read what this rank holds of each tensor, moments too, into its optimizer.
 
     Raises:
         UserError: the checkpoint is of another model, or damaged.
@@ -120,20 +103,64 @@ def restore(checkpoint: Checkpoint, arch: Architecture, optimizer: ShardedOptimi
     differences = compare_model(stored, arch.to_dict())
     if differences:
         raise UserError(f"{checkpoint.folder}: is of another model: {'; '.join(differences)}")
+    adapters, wanted = from_metadata(checkpoint.metadata), config.training.lora
+    if to_metadata(adapters) != to_metadata(wanted):
+        raise UserError(
+            f"training.lora: {_adapters(wanted)}, {checkpoint.folder} has {_adapters(adapters)}; to change that, begin a new run "
+            "(checkpoint.load, checkpoint.load_part: weights)"
+        )
+    there = checkpoint.tensors()
     for part in optimizer.held():
-        for kind in kinds:
-            values = checkpoint.read_tensor(
-                part.name,
-                kind,
-                offsets=part.box.offsets,
-                local_shape=part.box.shape,
-                flat_start=part.start,
-                flat_numel=part.numel,
-            )
-            part.tensors[kind].copy_(values)
+        for kind, values in part.tensors.items():
+            if (part.name, kind) not in there:
+                raise UserError(
+                    f"training.freeze: {part.name} was frozen in {checkpoint.folder}, so that has no moments of it; keep it "
+                    "frozen, or begin a new run (checkpoint.load, checkpoint.load_part: weights)"
+                )
+            values.copy_(_read(checkpoint, part, kind))
     progress = Progress(**checkpoint.metadata["progress"])
     optimizer.restored(progress.updates)
     return progress
+
+
+@torch.no_grad()
+def restore_weights(source: ModelSource, arch: Architecture, optimizer: ShardedOptimizer) -> None:
+    """Read the weights that this rank holds; adapters stay as they were made, and the moments empty.
+
+    Raises:
+        UserError: the model has other weights; some are missing, damaged or not finite.
+    """
+    expected, theirs = arch.parameter_shapes(), source.architecture.parameter_shapes()
+    if expected != theirs:
+        name = next(name for name in [*expected, *theirs] if expected.get(name) != theirs.get(name))
+        raise UserError(
+            f"{source.folder}: is of another model: {name} has shape {theirs.get(name)} there, {expected.get(name)} here"
+        )
+    for part in optimizer.held():
+        if not part.name.endswith(ADAPTERS):
+            values = _read(source, part, "weight")
+            if not torch.isfinite(values).all():
+                raise UserError(f"{source.folder}: {part.name} has values that are not finite", mine=True)
+            part.tensors["weight"].copy_(values)
+    optimizer.restored(0)
+
+
+def _read(source: ModelSource | Checkpoint, part: Held, kind: str) -> torch.Tensor:
+    values: torch.Tensor = source.read_tensor(
+        part.name,
+        kind,
+        offsets=part.box.offsets,
+        local_shape=part.box.shape,
+        flat_start=part.start,
+        flat_numel=part.numel,
+    )
+    return values
+
+
+def _adapters(lora: Lora) -> str:
+    if not lora.rank:
+        return "no adapters"
+    return f"adapters of rank {lora.rank} and alpha {lora.alpha:g} on {', '.join(sorted(lora.targets))}"
 
 
 def _pieces(part: Held) -> Iterator[tuple[PieceKey, Any]]:

@@ -16,9 +16,13 @@ from megatron_zebra.training.build import Trained
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """Sums over the global batch, the same on every rank; ``compute_time`` and ``optimizer_time`` are this rank's seconds."""
+    """Sums over the global batch, the same on every rank; ``compute_time`` and ``optimizer_time`` are this rank's seconds.
+
+    ``loss`` is the mean cross entropy; ``distill_loss`` the mean divergence from the teacher (0 without one).
+    """
 
     loss: float
+    distill_loss: float
     targets: int
     tokens: int
     flops: float
@@ -53,9 +57,12 @@ def train_step(
     targets = grid.data.all_reduce(torch.tensor(sum(batch.targets for batch in batches), device=device))
     losses = torch.zeros(num_sources, dtype=torch.float64, device=device)
     counts = torch.zeros(num_sources, dtype=torch.float64, device=device)
-    for batch, token_losses in zip(batches, trained.runner.train(batches, grid.data.size / targets.clamp_min(1))):
-        if token_losses is not None and grid.tp.rank == 0:  # the others have the same
-            _add_by_source(losses, counts, batch, token_losses)
+    apart = torch.zeros(1, dtype=torch.float64, device=device)
+    for batch, loss in zip(batches, trained.runner.train(batches, grid.data.size / targets.clamp_min(1))):
+        if loss is not None and grid.tp.rank == 0:  # the others have the same
+            _add_by_source(losses, counts, batch, loss.tokens)
+            if loss.apart is not None:
+                apart += loss.apart.sum(dtype=torch.float64)
     computed = time.perf_counter()
     result = trained.optimizer.step(learning_rate)
     done = time.perf_counter()
@@ -65,10 +72,11 @@ def train_step(
         float(sum(flops(np.diff(batch.cu_seqlens)) for batch in micro_batches) if first else 0),
         float(stop_wanted()),
     ]
-    totals = sum_over([*own, *losses.tolist(), *counts.tolist()], device)
-    by_source, count_by_source = totals[3 : 3 + num_sources], totals[3 + num_sources :]
+    totals = sum_over([*own, *apart.tolist(), *losses.tolist(), *counts.tolist()], device)
+    by_source, count_by_source = totals[4 : 4 + num_sources], totals[4 + num_sources :]
     return StepOutcome(
         loss=sum(by_source) / max(1, int(targets)),
+        distill_loss=totals[3] / max(1, int(targets)),
         targets=int(targets),
         tokens=int(totals[0]),
         flops=totals[1],

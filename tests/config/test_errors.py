@@ -53,6 +53,9 @@ SINGLE = [
     ("optimizer.zero_stage", 4, "= 4: must be 0, 1, 2 or 3"),
     ("optimizer.zero_stage", True, "= true: must be a whole number (allowed: 0, 1, 2, 3)"),
     ("training.precision", "fp16", "= 'fp16': must be 'fp32' or 'bf16' (allowed: fp32, bf16)"),
+    ("training.freeze", ["heads"], "[0] = 'heads': must be 'embedding', 'head', 'attention', 'mlp' or 'norms'"),
+    ("training.lora.targets", ["q"], "[0] = 'q': must be 'q_proj', 'k_proj'"),
+    ("training.distill.weight", 1.5, "= 1.5: must be less than or equal to 1"),
     ("training.recompute", "some", "= 'some': must be 'none', 'attention' or 'full'"),
     ("data.split", [1.0], "= [1.0]: must have at least 3 values"),
     ("data.split", [1.0, -1.0, 0.0], "[1] = -1.0: must be greater than or equal to 0"),
@@ -220,6 +223,28 @@ BETWEEN = [
     ({"deepspeed.zero_optimization.stage": 2}, 1, ["deepspeed.zero_optimization.stage", "optimizer.zero_stage"]),
     ({"deepspeed.gradient_clipping": 2}, 1, ["deepspeed.gradient_clipping", "optimizer.clip_grad"]),
     ({"data.valid": ["a/x", "b/x"]}, 1, ["data.valid", "'x'"]),
+    (
+        {"training.freeze": ["head"], "model.tie_embeddings": True},
+        1,
+        ["training.freeze: head", "model.tie_embeddings = true", "write embedding"],
+    ),
+    (
+        {"training.freeze": ["embedding", "attention", "mlp", "norms"], "model.tie_embeddings": True},
+        1,
+        ["training.freeze", "nothing to train"],
+    ),
+    (
+        {"training.freeze": ["attention", "mlp", "norms"], "parallel.pp": 2},
+        2,
+        ["training.freeze", "attention, mlp or norms", "parallel.pp = 2"],
+    ),
+    ({"training.freeze": ["mlp"], "training.lora.rank": 4}, 1, ["training.freeze = ['mlp']", "training.lora.rank = 4"]),
+    ({"training.lora.targets": [], "training.lora.rank": 4}, 1, ["training.lora.targets = []", "at least one"]),
+    (
+        {"training.distill.teacher": "x", "parallel.pp": 2},
+        2,
+        ["training.distill.teacher", "parallel.pp = 2", "allowed: 1"],
+    ),
 ]
 
 

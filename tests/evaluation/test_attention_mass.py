@@ -34,6 +34,13 @@ def test_mass_equals_a_dense_softmax(sinks: int, monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(found[1, number], dense(q, k, window, sinks), rtol=1e-5, atol=1e-5)
 
 
+def test_some_of_the_queries_stand_for_all() -> None:
+    q, k = 2 * torch.randn(30, 4, 8), 2 * torch.randn(30, 2, 8)
+    found = mass_beyond(q, k, WINDOWS, 2, every=7)
+    one_by_one = [mass_beyond(q[: i + 1], k[: i + 1], WINDOWS, 2, every=max(i, 1)) for i in (7, 14, 21, 28)]
+    torch.testing.assert_close(found, sum(one_by_one))  # the first token has nothing beyond a window
+
+
 def test_documents_of_a_row_are_measured_apart() -> None:
     _, model = make(layer_group_size=1)
     lengths, ids = [24, 5, 31], np.random.default_rng(0).integers(0, 97, 60)

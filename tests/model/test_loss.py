@@ -20,7 +20,7 @@ def case(tokens: int, dtype: torch.dtype, vocab: int = 53) -> tuple[torch.Tensor
 @pytest.mark.parametrize("tokens", [1, 40, 41])
 def test_equals_full_logits(tokens: int, chunk_size: int) -> None:
     hidden, weight, labels = case(tokens, torch.float64)
-    total, each = token_loss(hidden, weight, labels, chunk_size)
+    total, each, _ = token_loss(hidden, weight, labels, chunk_size)
     (total * 0.3).backward()
     got = hidden.grad, weight.grad
     hidden.grad = weight.grad = None
@@ -31,14 +31,14 @@ def test_equals_full_logits(tokens: int, chunk_size: int) -> None:
     torch.testing.assert_close(got[0], hidden.grad, rtol=0, atol=1e-12)
     torch.testing.assert_close(got[1], weight.grad, rtol=0, atol=1e-12)
     with torch.no_grad():
-        again, each_again = token_loss(hidden, weight, labels, chunk_size)
+        again, each_again, _ = token_loss(hidden, weight, labels, chunk_size)
     torch.testing.assert_close(again, want.sum(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(each_again, each, rtol=0, atol=1e-12)
 
 
 def test_all_ignored_gives_zero_and_no_gradient() -> None:
     hidden, weight, labels = case(9, torch.float32)
-    total, _ = token_loss(hidden, weight, torch.full_like(labels, IGNORE), 4)
+    total, *_ = token_loss(hidden, weight, torch.full_like(labels, IGNORE), 4)
     total.backward()
     assert total == 0
     assert hidden.grad is not None

@@ -114,11 +114,11 @@ def test_data_parallelism_by_stage() -> None:
 def test_held_parameters_add_up() -> None:
     config, arch = configured(parallel__pp=4)
     stages = stages_of(config, arch)
-    assert sum(held_parameters(arch, config.parallel, stages, rank) for rank in range(4)) == parameter_count(arch)
+    assert sum(held_parameters(arch, config.parallel, stages, rank)[0] for rank in range(4)) == parameter_count(arch)
     tied, tied_arch = configured(parallel__pp=2, model__tie_embeddings=True)
     stages = stages_of(tied, tied_arch)
     copy = 1000 * arch.hidden_size
-    held = [held_parameters(tied_arch, tied.parallel, stages, rank) for rank in range(2)]
+    held = [held_parameters(tied_arch, tied.parallel, stages, rank)[0] for rank in range(2)]
     assert sum(held) == parameter_count(tied_arch) + copy
     assert [tied_bytes(tied_arch, tied, stages, rank) for rank in range(2)] == [4 * copy] * 2
 
@@ -147,6 +147,7 @@ CASES: list[tuple[int, dict[str, int], dict[str, Any]]] = [
     (2, {"cp": 2}, {"parallel__cp_keep_fetched": True, "parallel__cp_order": "contiguous"}),
     (2, {"cp": 2}, {"training__recompute": "full", "parallel__cp_head_groups": 2}),
     (2, {"cp": 2}, {"training__recompute": "attention"}),
+    (4, {"tp": 2, "cp": 2}, {"training__recompute": "attention", "model__qk_norm": True}),
     (2, {"pp": 2}, {"model__tie_embeddings": True}),
     (4, {"tp": 2, "cp": 2}, {}),
     (4, {"cp": 2, "pp": 2}, {"training__recompute": "full"}),

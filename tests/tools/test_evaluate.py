@@ -63,8 +63,8 @@ def test_bad_input_is_one_line(trained: Path, tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "file").write_text("")
     data = ["--data", str(tmp_path / "b"), "--device", "cpu"]
     for words, part in [
-        (["--checkpoint", str(tmp_path / "no"), *data], "no such folder"),
-        (["--checkpoint", str(tmp_path / "empty"), *data], "holds no checkpoint"),
+        (["--checkpoint", str(tmp_path / "no"), *data], "no such file or folder"),
+        (["--checkpoint", str(tmp_path / "empty"), *data], "holds no model"),
         (["--checkpoint", str(trained), "--data", str(tmp_path / "no")], "no.idx"),
         (["--checkpoint", str(trained), *data, "--rows", "0"], "--rows 0: must be 1 or more"),
         (["--checkpoint", str(trained), *data, "--output", str(tmp_path / "file" / "x")], "cannot be written"),

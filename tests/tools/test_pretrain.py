@@ -51,7 +51,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("training.steps 3", ["training.steps", "not an option"]),
         ("--config no.yaml", ["no.yaml", "cannot be read"]),
         ("--model.attention_backend flash", ["model.attention_backend = flash"]),
-        ("--checkpoint.load nowhere", ["nowhere", "holds no checkpoint"]),
+        ("--checkpoint.load nowhere", ["checkpoint.load = nowhere", "holds no model"]),
         ("--data.synthetic.documents 0", ["data.train = []", "at least one"]),
     ],
 )
@@ -157,6 +157,7 @@ def test_under_torchrun_rank_0_alone_tells_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["--config", DEBUG, "--model.window_size", "0"]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert pretrain_zebra.main(words) == 2

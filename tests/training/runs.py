@@ -15,6 +15,7 @@ from megatron_zebra.errors import UserError
 from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.parallel.optimizer import ShardedOptimizer
 from megatron_zebra.training import loop
+from megatron_zebra.training.adopt import adopted
 from megatron_zebra.training.build import Trained
 from tests.training.cases import opened, small
 
@@ -46,7 +47,10 @@ def run(
         crash_at: the step (from 1) that is begun and never ends, on all ranks.
         poison: steps (from 1) at which the gradient of the last rank is not a number.
     """
-    config = small(**overrides)
+    try:
+        config = adopted(small(**overrides), folder)
+    except UserError as error:
+        return Seen(str(error))
     arch, inputs = opened(config)
     seen = Seen()
     real_step = loop.train_step
@@ -103,5 +107,5 @@ def contents(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str], bytes]
     place = newest(folder / "checkpoints")
     assert place is not None
     checkpoint = open_checkpoint(place)
-    tensors = {key: checkpoint.read_tensor(*key).numpy().tobytes() for key in checkpoint.tensors()}
+    tensors = {key: checkpoint.read(*key).tobytes() for key in checkpoint.tensors()}
     return checkpoint.metadata["progress"], tensors

@@ -1,6 +1,7 @@
 """Every kind of parallelism, and any of them together, gives one process's losses, gradients and gradient norms."""
 
 import functools
+import json
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,9 @@ LAYOUTS: list[dict[str, int]] = [
 ]
 
 
-def trained_curve(grid: Grid, overrides: dict[str, Any], wanted: Gradients) -> tuple[Curve, dict[str, list[float]]]:
+def trained_curve(
+    grid: Grid, overrides: dict[str, Any], wanted: Gradients, steps: int = STEPS
+) -> tuple[Curve, dict[str, list[float]]]:
     """(loss, norm) of each step by the code that trains; of this rank's part of each parameter's first gradient: its
     squared distance from ``wanted``, and its number of elements.
     """
@@ -46,7 +49,7 @@ def trained_curve(grid: Grid, overrides: dict[str, Any], wanted: Gradients) -> t
     trained = build_training(config, arch, grid)
     rows, micro = config.training.global_batch_size, config.training.micro_batch_size
     out, apart = [], {}
-    for step in range(STEPS):
+    for step in range(steps):
         batch = read_step(inputs.train, step, step * rows, rows, micro, grid.dp_rank, grid.dp_size)
         rate = learning_rate(config.optimizer, step, STEPS)
         outcome = train_step(trained, batch.micro_batches, rate, grid, 1, StepFlops(arch))
@@ -60,7 +63,7 @@ def first_gradient(trained: Trained, wanted: Gradients) -> dict[str, list[float]
     """After one step the first moment is (1 - beta1) x the clipped gradient."""
     apart = {}
     for part in trained.optimizer.held():
-        if part.holder[0] == 0 and part.holder[1]:
+        if part.holder[0] == 0 and part.holder[1] and "exp_avg" in part.tensors:
             where = tuple(slice(o, o + n) for o, n in zip(part.box.offsets, part.box.shape))
             own = wanted[part.name][where].reshape(-1)[part.start : part.start + part.numel]
             difference = part.tensors["exp_avg"].double().numpy() / 0.1 - own
@@ -69,28 +72,37 @@ def first_gradient(trained: Trained, wanted: Gradients) -> dict[str, list[float]
 
 
 @functools.cache
-def expected(settings: tuple[tuple[str, Any], ...]) -> tuple[Curve, Gradients]:
-    """Of one process, plain torch: (loss, norm) of each step, and the first clipped gradient of each parameter."""
+def expected(settings: str) -> tuple[Curve, Gradients]:
+    """Of one process, plain torch: (loss, norm) of each step, and the first clipped gradient of each trained parameter."""
     first: Gradients = {}
-    return reference(BASE | dict(settings), first_gradient=first), first
+    return reference(BASE | json.loads(settings), first_gradient=first), first
 
 
 def check(run_distributed: Any, layout: dict[str, int], **settings: Any) -> None:
     """Train under ``layout`` with ``settings`` and compare with one process."""
     axes = {name: layout.get(name, 1) for name in ("tp", "cp", "pp")}
-    model = {name: value for name, value in settings.items() if name.startswith(("model__", "data__"))}
+    function = ("model__", "data__", "training__freeze", "training__lora")
+    model = {name: value for name, value in settings.items() if name.startswith(function)}
     # A pipeline needs as many micro-batches as stages.
     model["training__global_batch_size"] = 8 if axes["pp"] > 1 else 4
-    curve, gradients = expected(tuple(sorted(model.items())))
+    curve, gradients = expected(json.dumps(model, sort_keys=True))
     overrides = settings | model | {f"parallel__{name}": size for name, size in axes.items()}
     found = run_distributed(trained_curve, layout["world"], overrides, gradients, **axes)
     for got, _ in found:
         assert_same(got, curve, 1e-5)
+    for name, distance in distances(found, gradients).items():
+        assert distance <= 1e-5, f"{name}: gradient {distance:.1e} away"
+
+
+def distances(found: list[tuple[Curve, dict[str, list[float]]]], gradients: Gradients) -> dict[str, float]:
+    """||difference|| / ||gradient|| of each parameter's first gradient, put together from what all ranks hold."""
+    out = {}
     for name, gradient in gradients.items():
         parts = [apart[name] for _, apart in found if name in apart]
         assert sum(numel for _, numel in parts) == gradient.size, f"{name}: not every element once"
-        distance = np.sqrt(sum(square for square, _ in parts)) / np.linalg.norm(gradient)
-        assert distance <= 1e-5, f"{name}: gradient {distance:.1e} away"
+        # The first gradient of an adapter's A is zero, as its B is.
+        out[name] = float(np.sqrt(sum(square for square, _ in parts)) / (np.linalg.norm(gradient) or 1.0))
+    return out
 
 
 def name_of(layout: dict[str, int]) -> str:
@@ -121,15 +133,40 @@ CHOICES: list[tuple[dict[str, int], dict[str, Any]]] = [
     ({"world": 4, "tp": 2}, {"optimizer__zero_stage": 3, "model__qkv_bias": True, "model__tie_embeddings": True}),
     ({"world": 4, "tp": 2, "cp": 2}, {"optimizer__zero_stage": 2, "training__recompute": "full"}),
     ({"world": 4, "cp": 2}, {"optimizer__zero_stage": 3, "parallel__cp_order": "contiguous"}),
+    ({"world": 2, "tp": 2}, {"optimizer__zero_stage": 3, "training__recompute": "attention", "model__qk_norm": True}),
+    ({"world": 2}, {"optimizer__zero_stage": 3, "training__recompute": "full", "training__offload_activations": True}),
+    ({"world": 2, "pp": 2}, {"parallel__pp_schedule": "zero_bubble", "training__recompute": "attention"}),
     ({"world": 2, "cp": 2}, {"optimizer__zero_stage": 0, "parallel__cp_head_groups": 2}),
     ({"world": 3, "cp": 3}, {"parallel__cp_keep_fetched": True, "model__window_size": 30}),
-    ({"world": 2, "cp": 2}, {"training__recompute": "attention", "data__attend_across_documents": True}),
+    ({"world": 2, "cp": 2}, {"training__recompute": "attention", "training__offload_activations": True}),
+    ({"world": 2, "cp": 2}, {"data__attend_across_documents": True}),
     ({"world": 2, "cp": 2}, {"parallel__cp_order": "contiguous", "model__window_size": 47}),
+]
+LORA = {"training__lora__rank": 3, "training__lora__alpha": 24.0}
+ALL = {"training__lora__targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+FROZEN: list[tuple[dict[str, int], dict[str, Any]]] = [
+    *(({"world": 2}, {"training__freeze": ["embedding", "mlp"], "optimizer__zero_stage": stage}) for stage in range(4)),
+    ({"world": 2, "tp": 2}, {"training__freeze": ["attention", "head"], "training__recompute": "full"}),
+    ({"world": 2, "cp": 2}, {"training__freeze": ["embedding", "norms", "mlp"], "model__qk_norm": True}),
+    ({"world": 2, "pp": 2}, {"training__freeze": ["embedding", "norms"], "model__tie_embeddings": True}),
+    ({"world": 2, "pp": 2}, {"training__freeze": ["mlp"], "model__tie_embeddings": True}),
+    ({"world": 2, "pp": 2}, {"training__freeze": ["attention"], "parallel__pp_schedule": "zero_bubble"}),
+    ({"world": 2, "tp": 2}, LORA | ALL | {"model__qkv_bias": True}),
+    ({"world": 2, "cp": 2}, LORA | {"training__lora__targets": ["q_proj"], "optimizer__zero_stage": 2}),
+    ({"world": 2, "pp": 2}, LORA | {"training__recompute": "full"}),
+    ({"world": 2}, LORA | ALL | {"optimizer__zero_stage": 3, "training__lora__also_train": ["embedding", "norms"]}),
+    ({"world": 4, "tp": 4}, LORA | ALL | {"optimizer__zero_stage": 0}),
 ]
 
 
 def name_of_choice(choice: tuple[dict[str, int], dict[str, Any]]) -> str:
     return f"{name_of(choice[0])} " + " ".join(f"{key.rsplit('__')[-1]}={value}" for key, value in choice[1].items())
+
+
+@pytest.mark.parametrize("choice", FROZEN, ids=name_of_choice)
+def test_frozen_parts_and_adapters(run_distributed: Any, choice: tuple[dict[str, int], dict[str, Any]]) -> None:
+    layout, settings = choice
+    check(run_distributed, layout, **settings)
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=name_of_choice)

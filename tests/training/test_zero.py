@@ -42,6 +42,7 @@ def reference(
     world_size: int = 1,
     by_rank: bool = True,
     first_gradient: dict[str, np.ndarray] | None = None,
+    steps: int = STEPS,
 ) -> Curve:
     """One process, plain torch: autograd and AdamW on fp32 masters; in fp32 the whole global batch at once.
 
@@ -52,7 +53,8 @@ def reference(
     config = small(**overrides)
     arch, inputs = opened(config)
     model: Decoder = build_model(config, arch, torch.device("cpu"))
-    params = list(model.parameters())
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    params = [param for _, param in named]
     masters = [torch.nn.Parameter(p.detach().float()) for p in params]
     groups = [
         {"params": [m for m in masters if m.dim() > 1], "weight_decay": config.optimizer.weight_decay},
@@ -63,7 +65,7 @@ def reference(
     whole = config.training.precision == "fp32"
     micro, ranks = (rows, 1) if whole else (config.training.micro_batch_size, world_size)
     out = []
-    for step in range(STEPS):
+    for step in range(steps):
         read = [
             read_step(inputs.train, step, step * rows, rows, micro, rank, ranks).micro_batches for rank in range(ranks)
         ]
@@ -86,9 +88,10 @@ def reference(
         for group in adam.param_groups:
             group["lr"] = learning_rate(config.optimizer, step, STEPS)
         if step == 0 and first_gradient is not None:
-            named = zip(model.named_parameters(), masters)
             first_gradient |= {
-                name: master.grad.double().numpy() for (name, _), master in named if master.grad is not None
+                name: master.grad.double().numpy()
+                for (name, _), master in zip(named, masters)
+                if master.grad is not None
             }
         adam.step()
         with torch.no_grad():

@@ -1,0 +1,1 @@
+"""Models of other programs, in and out: a table per family, applied one tensor at a time."""
