@@ -7,17 +7,18 @@ import sys
 from megatron_zebra.config import check, help, load
 from megatron_zebra.config.sections import Config
 from megatron_zebra.errors import UserError, tell
+from megatron_zebra.launched import launched
 
 
 def main(words: list[str]) -> int:
     """Returns the exit code: 0, 2 for a user's mistake, or 1 where another rank was lost (torchrun turns any failure into 1)."""
-    rank = int(os.environ.get("RANK", "0"))
     try:
         line = load.parse_words(words)
         if line.help:
             print(help.help_text())
             return 0
-        world_size = line.world_size if line.dry_run and line.world_size else int(os.environ.get("WORLD_SIZE", "1"))
+        started = launched()
+        world_size = line.world_size if line.dry_run and line.world_size else started.world_size
         config = load.load_config(line.config, line.overrides)
         if config.checkpoint.load is not None:
             from megatron_zebra.training.adopt import adopted
@@ -26,7 +27,7 @@ def main(words: list[str]) -> int:
             config = adopted(config, run_folder(config, line.config))
         if wrong := check.problems(config, world_size):
             raise UserError("\nerror: ".join(wrong))
-        _run(config, line, world_size, rank)
+        _run(config, line, world_size, started.rank)
     except UserError as error:
         tell(error)
         return error.code

@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Callable
 
+_TELLERS = ("1", "2", "3", "4", "5", "6", "7")  # beside rank 0
+
 
 class UserError(Exception):
     """A user's mistake, in one line: what, where, what is allowed. ``code`` is the exit code."""
@@ -11,7 +13,7 @@ class UserError(Exception):
     code = 2
 
     def __init__(self, text: str, mine: bool | None = None) -> None:
-        """``mine``: whether this process is the one to tell it; None = rank 0 is, since every rank sees the same."""
+        """``mine``: whether this process is the one to tell it; None = rank 0 is, if every rank sees the same."""
         super().__init__(text)
         self.mine = mine
 
@@ -23,8 +25,16 @@ class RankLost(UserError):
 
 
 def tell(error: UserError) -> None:
-    """Print ``error`` on stderr, if this process is the one to do so."""
-    if os.environ.get("RANK", "0") == "0" if error.mine is None else error.mine:
+    """Print ``error`` on stderr, if this process is the one to do so.
+
+    torchrun starts all ranks alike, so what rank 0 sees all see. Where each was started by itself, what is wrong with one
+    is perhaps wrong with that one alone: the first few tell it, with their rank.
+    """
+    rank = os.environ.get("RANK", "0")
+    alike = "TORCHELASTIC_RUN_ID" in os.environ
+    if error.mine is None and not alike and rank in _TELLERS:
+        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+    elif rank == "0" if error.mine is None else error.mine:
         print(f"error: {error}", file=sys.stderr, flush=True)
 
 

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_zebra.convert.folder import form_of
 from megatron_zebra.data.arguments import output_name
 from megatron_zebra.errors import UserError, run_tool
 
@@ -77,8 +78,11 @@ def main() -> None:
     task = arguments.pop("task")
     for name in ("hf", "checkpoint"):
         path = arguments.get(name)
-        if path is not None and not path.exists():
+        if path is None:
+            continue
+        if not path.exists():
             raise UserError(f"--{name} {path}: no such file or folder")
+        form_of(path)  # found out before torch is imported, which takes seconds
     if task == "from-hf":
         from megatron_zebra.convert.from_hf import from_hf
 

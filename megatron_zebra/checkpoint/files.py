@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_zebra.checkpoint.errors import CheckpointError, DiskFull
+from megatron_zebra.durable import sync, sync_folder
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -31,22 +32,6 @@ def write(file: BinaryIO, data: memoryview | bytes) -> None:
     rest = memoryview(data).cast("B")
     while rest:
         rest = rest[file.write(rest) :]
-
-
-def sync(file: BinaryIO) -> None:
-    """Return once the file's bytes are on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Return once the folder's entries are on the disk; file systems that cannot sync a folder are let be."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def replace(source: Path, target: Path) -> None:

@@ -120,6 +120,11 @@ def _data(config: Config) -> Iterator[str]:
     names = [source.name or source.prefix.rstrip("/").rsplit("/", 1)[-1] for source in data.valid]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"data.valid: two sets are named '{name}'; give each a name"
+    for path, sources in (("data.train", data.train), ("data.valid", data.valid)):
+        for number, source in enumerate(sources):
+            low, high = source.min_document_tokens, source.max_document_tokens
+            if low is not None and high is not None and low > high:
+                yield f"{path}[{number}].min_document_tokens = {low}: must not be above max_document_tokens = {high}"
     scheduled = sum(phase.steps for phase in data.sequence_schedule)
     if data.sequence_schedule and scheduled >= training.steps:
         yield f"data.sequence_schedule: its {scheduled} steps must be fewer than training.steps = {training.steps}; the rest runs at data.sequence_length"

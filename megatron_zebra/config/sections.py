@@ -121,6 +121,18 @@ class Source(Section):
     prefix: str = key(..., "path without .bin and .idx", min_length=1)
     weight: float = key(1.0, "share of the rows, relative to the other sources", gt=0)
     name: str | None = key(None, "name in metrics; null = the last part of prefix")
+    min_document_tokens: int | None = key(
+        None,
+        "only documents at least so long; a prefix may be listed twice, its long documents with more weight",
+        "tokens",
+        ge=1,
+    )
+    max_document_tokens: int | None = key(
+        None,
+        "only documents at most so long (conversations that do not fit a row are left out with it)",
+        "tokens",
+        ge=1,
+    )
 
 
 def _sources(value: Any) -> Any:
@@ -147,7 +159,7 @@ class SequencePhase(Section):
 class Data(Section):
     """What is read, in which order and packing."""
 
-    train: SourceList = key([], "training sources: a prefix, or a list of prefixes or of {prefix, weight, name}")
+    train: SourceList = key([], "training sources: a prefix, or a list of prefixes or of {prefix, weight, ...}")
     valid: SourceList = key(
         [], "validation sources, each with a loss of its own; empty = the held-out part of train by data.split"
     )
@@ -210,7 +222,8 @@ class Training(Section):
     seed: int = key(1234, "of weights and data order", ge=0, le=2**63 - 1)
     precision: Literal["fp32", "bf16"] = key("bf16", "bf16 keeps fp32 masters and fp32 gradient sums")
     recompute: Literal["none", "attention", "full"] = key(
-        "none", "activations computed again in backward instead of kept"
+        "none",
+        "activations computed again in backward instead of kept: those of each layer's attention (norm, q, k, v, kernel) or of all of it",
     )
     offload_activations: bool = key(False, "keep activations for backward in host memory")
     freeze: list[WeightPart] = key(

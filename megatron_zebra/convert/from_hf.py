@@ -85,7 +85,8 @@ def _with_rope_length(arch: Architecture, length: int | None) -> Architecture:
         kind: rope.model_copy(update={"length": length}) if rope.scaling == "dynamic" else rope
         for kind, rope in arch.rope.items()
     }
-    return replace(arch, rope=ropes, max_length=max(length, arch.max_length or 0))
+    originals = [rope.original_length or 0 for rope in arch.rope.values()]
+    return replace(arch, rope=ropes, max_length=max(length, *originals))
 
 
 def _keep_of_gguf(file: Path, target: Path, vocab_size: int) -> list[str]:

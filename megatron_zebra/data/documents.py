@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from megatron_zebra.data.inputs import Chunk, InputOptions
 from megatron_zebra.errors import UserError
@@ -51,7 +52,8 @@ def _plain_texts(chunk: Chunk, options: InputOptions, on_bad: Callable[[UserErro
         yield from (part for piece in _BLANK_LINES.split(text) if (part := piece.strip("\r\n")).strip())
 
 
-def _json_text(line: bytes, key: str, where: str) -> str:
+def json_object(line: bytes, where: str) -> dict[str, Any]:
+    """The object of a line of JSON; UserError beginning with ``where`` (file and line) if it is none."""
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -59,7 +61,12 @@ def _json_text(line: bytes, key: str, where: str) -> str:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}); each line must be an object") from None
     if not isinstance(value, dict):
-        raise UserError(f"{where}: {type(value).__name__} instead of an object with the key {key!r}")
+        raise UserError(f"{where}: {type(value).__name__} instead of an object")
+    return value
+
+
+def _json_text(line: bytes, key: str, where: str) -> str:
+    value = json_object(line, where)
     if key not in value:
         raise UserError(f"{where}: no key {key!r}; there are {', '.join(map(str, list(value)[:10]))} (--text-key)")
     text = value[key]

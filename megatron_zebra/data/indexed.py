@@ -4,6 +4,8 @@
 document bounds d (uint64 each), then lengths int32 [n] in tokens, pointers int64 [n] in bytes, and document bounds
 int64 [d]: document i is the sequences bounds[i] .. bounds[i + 1]. This project adds P.json: the tokenizer and the
 largest id, so that data and vocabulary are compared without reading the tokens; pairs without one are welcome.
+
+P.loss, where P.json says that there is one: a byte for each token of P.bin, 1 = it counts as a target of the loss, 0 = not.
 """
 
 import hashlib
@@ -36,6 +38,11 @@ def pair_paths(prefix: str | Path) -> tuple[Path, Path, Path]:
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.json")
 
 
+def mask_path(prefix: str | Path) -> Path:
+    """The loss mask of a prefix. Not named .bin: P.loss.bin would be the tokens of the prefix P.loss."""
+    return Path(f"{prefix}.loss")
+
+
 @dataclass(frozen=True)
 class PairInfo:
     """What P.json says of a pair."""
@@ -50,6 +57,7 @@ class PairInfo:
     tokens: int
     text_bytes: int = 0  # of the text that was tokenized, for bits per byte; 0 = not known
     format_version: int = FORMAT_VERSION
+    loss_tokens: int = 0  # ones in P.loss; 0 = there is no such file, and every token counts
 
     def dump(self) -> str:
         """The text of the .json file."""
@@ -69,6 +77,7 @@ def read_info(prefix: str | Path) -> PairInfo | None:
         raise _foreign(path, str(error)) from None
     if not isinstance(values, dict):
         raise _foreign(path, f"{type(values).__name__} instead of an object")
+    values.setdefault("loss_tokens", 0)  # of a pair from before there were masks
     for field in fields(PairInfo):
         value = values.get(field.name)
         if type(value) is not field.type or (isinstance(value, int) and value < 0):
@@ -87,7 +96,8 @@ def _foreign(path: Path, reason: str) -> UserError:
 class IndexedPair:
     """A pair opened for reading. Opening takes the same time whatever the size of the corpus.
 
-    ``tokens`` [T] is the whole .bin as one memory-mapped array, ``documents`` the number of documents.
+    ``tokens`` [T] is the whole .bin as one memory-mapped array, ``documents`` the number of documents, ``mask`` uint8 [T]
+    the tokens that count in the loss (1) or not (0), None where all do.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -107,6 +117,7 @@ class IndexedPair:
                 f"{self.prefix}.json: describes {self.info.documents} documents of {self.info.tokens} tokens, but the pair "
                 f"holds {self.documents} of {self.tokens.size}; it belongs to another pair"
             )
+        self.mask = self._open_mask()
 
     def _open_index(self) -> None:
         size = self.idx_path.stat().st_size
@@ -165,6 +176,27 @@ class IndexedPair:
             self.check_contiguous(int(number), int(number) + 1)
         self.tokens: npt.NDArray[np.integer] = np.memmap(self.bin_path, mode="r", dtype=self.dtype).view(np.ndarray)
 
+    def _open_mask(self) -> npt.NDArray[np.uint8] | None:
+        """A mask that is missing, or that nobody vouches for, would change what is trained on without a word."""
+        path = mask_path(self.prefix)
+        if self.info is None or not self.info.loss_tokens:
+            if path.exists():
+                raise UserError(f"{path}: a loss mask that {self.prefix}.json does not tell of; write the pair anew")
+            return None
+        try:
+            size = path.stat().st_size
+            mask = np.memmap(path, mode="r", dtype=np.uint8).view(np.ndarray) if size else np.zeros(0, np.uint8)
+        except OSError as error:
+            raise UserError(
+                f"{path}: the loss mask of {self.bin_path.name} cannot be read ({error.strerror}); without it every token "
+                "would count"
+            ) from None
+        if size != self.tokens.size:
+            raise UserError(
+                f"{path}: {size} bytes for the {self.tokens.size} tokens of {self.bin_path.name}; the two do not belong together"
+            )
+        return mask
+
     def check_contiguous(self, first: int, last: int) -> None:
         """UserError unless sequences first .. last lie one after another in the .bin, with sensible lengths.
 
@@ -205,9 +237,10 @@ class IndexedPair:
         return np.where(sequences == self.lengths.size, self.tokens.size, starts)
 
     def fingerprint(self) -> str:
-        """A name for the content: both sizes and blocks sampled from both files; not the path, nor dates."""
+        """A name for the content: sizes and sampled blocks of the files, the mask too; not the path, nor dates."""
         digest = hashlib.sha256(self.info.tokenizer_hash.encode() if self.info else b"")
-        for path in (self.idx_path, self.bin_path):
+        masks = [] if self.mask is None else [mask_path(self.prefix)]
+        for path in (self.idx_path, self.bin_path, *masks):
             with path.open("rb") as stream:
                 size = os.fstat(stream.fileno()).st_size
                 digest.update(struct.pack("<Q", size))

@@ -6,7 +6,6 @@ a builder that is killed hands the lock to the next. Where the file system knows
 content depends on nothing but the name, and a file under its final name is complete and is never written again.
 """
 
-import contextlib
 import fcntl
 import logging
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_zebra.data.packing import RowTable
+from megatron_zebra.durable import sync, sync_folder
 from megatron_zebra.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -84,8 +84,7 @@ def _write(path: Path, table: RowTable, alone: bool) -> None:
             stream.write(_HEADER.pack(_MAGIC, table.rows, table.starts.size, table.tokens, table.documents))
             for array, kind in ((table.offsets, "<i8"), (table.starts, "<i8"), (table.lengths, "<i4")):
                 stream.write(array.astype(kind, copy=False).tobytes())
-            stream.flush()
-            os.fsync(stream.fileno())
+            sync(stream)
         try:
             os.link(temporary, path)  # unlike a rename, it never replaces
         except FileExistsError:
@@ -95,12 +94,7 @@ def _write(path: Path, table: RowTable, alone: bool) -> None:
                 os.rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    sync_folder(path.parent)
 
 
 def _read(path: Path) -> RowTable:

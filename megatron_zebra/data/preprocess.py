@@ -9,19 +9,14 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass
 from multiprocessing.connection import wait
-from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
-from megatron_zebra.data.documents import documents
-from megatron_zebra.data.indexed import PairInfo, pair_paths
+from megatron_zebra.data.encode import Encode, Encoded, Job, make_encoder
+from megatron_zebra.data.indexed import PairInfo, mask_path, pair_paths
 from megatron_zebra.data.inputs import Chunk, InputFile, InputOptions, find_files, read_chunks, refuse_outputs
 from megatron_zebra.data.progress import Progress
-from megatron_zebra.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_zebra.data.tokenizer import load_tokenizer
 from megatron_zebra.data.writer import PairWriter, Vocabulary
 from megatron_zebra.errors import UserError
 
@@ -29,43 +24,17 @@ _TASK = 1 << 19  # bytes of input a worker gets at once, at least
 _AHEAD = 3  # tasks a worker that may be under way
 
 
-@dataclass(frozen=True)
-class Job:
-    """What to preprocess. ``workers`` processes tokenize; 1 does everything in this one."""
-
-    inputs: list[Path]
-    tokenizer: Path
-    prefix: Path
-    workers: int = 1
-    options: InputOptions = field(default_factory=InputOptions)
-    eod_token: str | None = None
-    append_eod: bool = True
-    skip_bad: bool = False
-    force: bool = False
-
-
 @dataclass
 class Report:
     """What became of a job."""
 
     info: PairInfo
-    text_bytes: int
     empty: int
     bad: int
     first_bad: str
+    dropped: int  # conversations, for their length
+    truncated: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """The documents of one task, tokenized."""
-
-    tokens: npt.NDArray[np.int32]
-    lengths: npt.NDArray[np.int64]
-    text_bytes: int
-    empty: int
-    bad: list[str]
-    size: int
 
 
 def preprocess(job: Job) -> Report:
@@ -74,18 +43,20 @@ def preprocess(job: Job) -> Report:
     if job.workers < 1:
         raise UserError(f"--workers {job.workers}: at least 1 is needed")
     files = find_files(job.inputs, job.options)
-    refuse_outputs(files, pair_paths(job.prefix))
+    refuse_outputs(files, [*pair_paths(job.prefix), mask_path(job.prefix)])
     tokenizer = load_tokenizer(job.tokenizer, job.eod_token)
     vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.eod_id, tokenizer.hash, tokenizer.kind, tokenizer.name)
-    empty, text_bytes, bad, first_bad = 0, 0, 0, ""
+    encode = make_encoder(job, tokenizer)
+    empty, bad, first_bad, dropped, truncated = 0, 0, "", 0, 0
     try:
         with (
-            PairWriter(job.prefix, vocabulary, job.force) as writer,
+            PairWriter(job.prefix, vocabulary, job.force, masked=job.chat is not None) as writer,
             Progress("tokenizing", sum(file.size for file in files)) as progress,
         ):
-            for part in _encode_all(job, tokenizer, files):
-                writer.add(part.tokens, part.lengths, part.text_bytes)
-                empty, text_bytes, bad = empty + part.empty, text_bytes + part.text_bytes, bad + len(part.bad)
+            for part in _encode_all(job, encode, files):
+                writer.add(part.tokens, part.lengths, part.text_bytes, part.mask)
+                empty, bad = empty + part.empty, bad + len(part.bad)
+                dropped, truncated = dropped + part.dropped, truncated + part.truncated
                 first_bad = first_bad or (part.bad[0] if part.bad else "")
                 progress.update(part.size, f"{writer.tokens / 1e6:.2f}M tokens")
             info = writer.finish()
@@ -94,7 +65,7 @@ def preprocess(job: Job) -> Report:
         raise UserError(
             f"{job.prefix}: writing failed ({reason}); nothing was left there, the input is as it was"
         ) from None
-    return Report(info, text_bytes, empty, bad, first_bad, time.monotonic() - start)
+    return Report(info, empty, bad, first_bad, dropped, truncated, time.monotonic() - start)
 
 
 def _tasks(files: list[InputFile], options: InputOptions) -> Iterator[list[Chunk]]:
@@ -112,17 +83,17 @@ def _tasks(files: list[InputFile], options: InputOptions) -> Iterator[list[Chunk
         yield task
 
 
-def _encode_all(job: Job, tokenizer: Tokenizer, files: list[InputFile]) -> Iterator[_Encoded]:
+def _encode_all(job: Job, encode: Encode, files: list[InputFile]) -> Iterator[Encoded]:
     """The documents of all files, tokenized, in order."""
     tasks = _tasks(files, job.options)
     if job.workers == 1:
         for task in tasks:
-            yield _encode(task, tokenizer, job)
+            yield encode(task)
         return
     context = multiprocessing.get_context("spawn")  # a fork would share the threads of the tokenizer's library
     pool = ProcessPoolExecutor(job.workers, context, _start_worker, (job,))
     try:
-        under_way: deque[Future[_Encoded]] = deque()
+        under_way: deque[Future[Encoded]] = deque()
         for task in tasks:
             under_way.append(pool.submit(_encode_in_worker, task))
             if len(under_way) >= job.workers * _AHEAD:
@@ -137,39 +108,20 @@ def _encode_all(job: Job, tokenizer: Tokenizer, files: list[InputFile]) -> Itera
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _encode(task: list[Chunk], tokenizer: Tokenizer, job: Job) -> _Encoded:
-    bad: list[str] = []
-
-    def on_bad(error: UserError) -> None:
-        if not job.skip_bad:
-            raise error
-        bad.append(str(error))
-
-    texts = [text for chunk in task for text in documents(chunk, job.options, on_bad)]
-    kept = [text for text in texts if text.strip()]
-    end = [tokenizer.eod_id] if job.append_eod else []
-    encoded = [ids + end for ids in tokenizer.encode_batch(kept)]
-    lengths = np.array([len(ids) for ids in encoded], np.int64)
-    tokens = np.fromiter(chain.from_iterable(encoded), np.int32, int(lengths.sum()))
-    size = sum(chunk.size for chunk in task)
-    return _Encoded(tokens, lengths, sum(len(text.encode()) for text in kept), len(texts) - len(kept), bad, size)
-
-
-_worker: tuple[Tokenizer, Job] | None = None
+_worker: Encode | None = None
 
 
 def _start_worker(job: Job) -> None:
     """Open the tokenizer in a new process, which is to end with the one that started it, however that ends."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it
-    _worker = (load_tokenizer(job.tokenizer, job.eod_token), job)
+    _worker = make_encoder(job)
     parent = multiprocessing.parent_process()
     if parent is not None:
         sentinel = parent.sentinel
         threading.Thread(target=lambda: (wait([sentinel]), os._exit(1)), daemon=True).start()
 
 
-def _encode_in_worker(task: list[Chunk]) -> _Encoded:
+def _encode_in_worker(task: list[Chunk]) -> Encoded:
     assert _worker is not None
-    tokenizer, job = _worker
-    return _encode(task, tokenizer, job)
+    return _worker(task)

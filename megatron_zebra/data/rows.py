@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_zebra.data.packing import pack
 from megatron_zebra.data.source import Source, Tokens
 
 IGNORE = -100  # label of a position that is no target
@@ -18,7 +19,7 @@ class Row:
     """S tokens as the model reads them. All arrays are int64 [S], but ``lengths`` [segments], which sum to S.
 
     ``labels[i]`` is the token after ``tokens[i]`` (the shift precedes any cut of the row), or IGNORE where that token
-    belongs to another document. ``positions`` restart at each segment; a segment is a document, or the part of one that
+    belongs to another document or does not count in the loss (the source's mask). ``positions`` restart at each segment; a segment is a document, or the part of one that
     lies in this row. ``padding`` counts the tokens at the end that are no data. ``source`` numbers the blend's sources.
     """
 
@@ -46,7 +47,7 @@ def build_row(
     """The row that holds these spans one after another, then padding up to ``length`` tokens.
 
     A span ends a segment, whether or not a document ends there; its last label is the token after it, as long as that
-    is of the same document. ``attend_across_documents`` makes the row one segment and leaves the labels as they are.
+    is of the same document. No label is a token that the source's mask leaves out. ``attend_across_documents`` makes the row one segment and leaves the labels as they are.
     """
     tokens = np.full(length, PAD, np.int64)
     labels = np.full(length, IGNORE, np.int64)
@@ -56,7 +57,10 @@ def build_row(
         read = source.read(start, min(stop + 1, source.tokens))  # one token to look ahead, except at the corpus' end
         end = filled + stop - start
         tokens[filled:end] = read[: stop - start]
-        labels[filled : filled + read.size - 1] = read[1:]
+        counted = source.read_mask(start, start + read.size)
+        labels[filled : filled + read.size - 1] = (
+            read[1:] if counted is None else np.where(counted[1:], read[1:], IGNORE)
+        )
         bounds = source.bounds(start, stop) + (filled - start)
         labels[bounds - 1] = IGNORE
         cuts += [bounds, np.array([end])]
@@ -73,7 +77,7 @@ def build_row(
 class OnePass:
     """Each token of a source once as an input, for evaluation: rows [0, len) in the order of the source, the last padded.
 
-    With a ``limit`` below the number of rows, that many rows at even distances. Rows from len on are padding without a
+    ``whole_documents``: rows of best-fit packing instead, in which no document that fits a row is cut. With a ``limit`` below the number of rows, that many rows at even distances. Rows from len on are padding without a
     target, so that any number of ranks can read the same number of rows.
     """
 
@@ -84,10 +88,15 @@ class OnePass:
         limit: int | None = None,
         attend_across_documents: bool = False,
         number: int = 0,
+        whole_documents: bool = False,
     ) -> None:
         self._source, self._length, self._number = source, sequence_length, number
         self._attend_across_documents = attend_across_documents
-        self._rows = -(-source.tokens // sequence_length)
+        self._packed = None
+        if whole_documents:
+            bounds = source.document_bounds()
+            self._packed = pack(bounds[:-1], np.diff(bounds), sequence_length)
+        self._rows = -(-source.tokens // sequence_length) if self._packed is None else self._packed.rows
         self._taken = self._rows if limit is None else min(limit, self._rows)
 
     def __len__(self) -> int:
@@ -99,8 +108,10 @@ class OnePass:
 
     def read(self, row: int) -> Row:
         """The row of this number."""
-        spans = []
+        spans: list[Span] = []
         if row < self._taken:
-            start = row * self._rows // self._taken * self._length
-            spans.append((start, min(start + self._length, self._source.tokens)))
+            place = row * self._rows // self._taken
+            start = place * self._length
+            end = min(start + self._length, self._source.tokens)
+            spans = [(start, end)] if self._packed is None else self._packed.spans(place)
         return build_row(self._source, spans, self._length, self._number, self._attend_across_documents)

@@ -14,6 +14,7 @@ from megatron_zebra.data.indexed import IndexedPair
 from megatron_zebra.errors import UserError
 
 Tokens = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 SPLITS = ("train", "valid", "test")
 
 
@@ -31,6 +32,9 @@ class Source(Protocol):
 
     def read(self, start: int, stop: int) -> Tokens:
         """The tokens [stop - start] of 0 <= start <= stop <= tokens; UserError for ids outside the vocabulary."""
+
+    def read_mask(self, start: int, stop: int) -> Mask | None:
+        """Which of the tokens [stop - start] count in the loss when they are predicted; None: all of them."""
 
     def bounds(self, start: int, stop: int) -> Tokens:
         """The document bounds b with start < b <= stop, ascending; the end of the source is one."""
@@ -94,6 +98,11 @@ class FileSource:
             )
         return tokens
 
+    def read_mask(self, start: int, stop: int) -> Mask | None:
+        if self.pair.mask is None:
+            return None
+        return self.pair.mask[self._base + start : self._base + stop] != 0
+
     def bounds(self, start: int, stop: int) -> Tokens:
         first = bisect_right(self._bounds, self._base + start, key=self.pair.document_start)
         last = bisect_right(self._bounds, self._base + stop, lo=first, key=self.pair.document_start)
@@ -108,6 +117,27 @@ class FileSource:
         first = bisect_right(self.pair.pointers, (self._base + start) * width) - 1
         last = bisect_left(self.pair.pointers, (self._base + stop) * width)
         self.pair.check_contiguous(max(first, 0), last)
+
+
+def is_masked(source: Source) -> bool:
+    """Whether only some tokens of a source count in the loss, as in conversations."""
+    return source.read_mask(0, 0) is not None
+
+
+def check_fits(source: Source, length: int) -> None:
+    """UserError if a conversation (a document of a masked source) is longer than a row of ``length`` tokens.
+
+    Packing would cut it, and an answer would lose the question that it answers.
+    """
+    if not is_masked(source):
+        return
+    lengths = np.diff(source.document_bounds())
+    if count := int((lengths > length).sum()):
+        raise UserError(
+            f"{source.name}: {count} of its {lengths.size} conversations are longer than a row of {length} tokens (the longest "
+            f"has {lengths.max()}) and would be cut; leave them out with max_document_tokens: {length}, take rows of "
+            f"{lengths.max()} or more, or write the data anew with --max-length {length}"
+        )
 
 
 def check_vocabulary(pair: IndexedPair, vocab_size: int, tokenizer_hash: str | None = None) -> str | None:

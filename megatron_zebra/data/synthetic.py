@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_zebra.data.permutation import derive_key
-from megatron_zebra.data.source import Tokens
+from megatron_zebra.data.source import Mask, Tokens
 from megatron_zebra.errors import UserError
 
 EOD = 0  # ends every document and occurs nowhere else
@@ -67,6 +67,9 @@ class SyntheticSource:
         last = int(np.searchsorted(self._bounds, stop, "left"))
         tokens = np.concatenate([self._document(number) for number in range(first, last)])
         return tokens[start - self._bounds[first] : stop - self._bounds[first]]
+
+    def read_mask(self, start: int, stop: int) -> Mask | None:
+        return None
 
     def bounds(self, start: int, stop: int) -> Tokens:
         first, last = np.searchsorted(self._bounds, [start, stop], "right")

@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_zebra.data.documents import documents
 from megatron_zebra.data.inputs import InputOptions, find_files, read_chunks, refuse_outputs
 from megatron_zebra.data.progress import Progress
+from megatron_zebra.durable import sync
 from megatron_zebra.errors import UserError
 
 _BLOCK = 2000  # characters the trainer sees at once; it gets whole lines, so that pieces may hold line ends
@@ -166,8 +167,7 @@ def _write(path: Path, data: bytes) -> None:
     try:
         with temporary.open("wb") as stream:
             stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+            sync(stream)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

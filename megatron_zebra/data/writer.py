@@ -1,4 +1,4 @@
-"""Writing an indexed pair: the three files appear under their names when all of them are complete, or not at all."""
+"""Writing an indexed pair: its files appear under their names when all of them are complete, or not at all."""
 
 import contextlib
 import fcntl
@@ -12,7 +12,8 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from megatron_zebra.data.indexed import CODES, HEADER, MAGIC, VERSION, PairInfo, pair_paths, token_type
+from megatron_zebra.data.indexed import CODES, HEADER, MAGIC, VERSION, PairInfo, mask_path, pair_paths, token_type
+from megatron_zebra.durable import sync, sync_folder
 from megatron_zebra.errors import UserError
 
 _BLOCK = 1 << 20  # sequences handled at once while the index is finished
@@ -30,15 +31,15 @@ class Vocabulary:
 
 
 class PairWriter:
-    """Builds P.bin, P.idx and P.json; memory does not grow with the corpus.
+    """Builds P.bin, P.idx and P.json, with ``masked`` P.loss too; memory does not grow with the corpus.
 
-    Everything is written to P.*.tmp. ``finish`` renames .bin, .json and, last, .idx: a pair is there if and only if its
+    Everything is written to P.*.tmp. ``finish`` renames .bin, .loss, .json and, last, .idx: a pair is there if and only if its
     .idx is. Leaving the ``with`` block without ``finish`` removes the temporary files; those of a killed process are
     overwritten by the next one. An existing pair is a UserError unless ``force``, which replaces it at ``finish``.
     """
 
-    def __init__(self, prefix: str | Path, vocabulary: Vocabulary, force: bool = False) -> None:
-        self._paths = pair_paths(prefix)
+    def __init__(self, prefix: str | Path, vocabulary: Vocabulary, force: bool = False, masked: bool = False) -> None:
+        self._paths = (*pair_paths(prefix), mask_path(prefix))
         self._temporary = [path.with_name(path.name + ".tmp") for path in self._paths]
         self._vocabulary = vocabulary
         self._dtype = np.dtype(token_type(vocabulary.vocab_size)).newbyteorder("<")
@@ -46,20 +47,30 @@ class PairWriter:
         if existing and not force:
             raise UserError(f"{', '.join(existing)}: already there; choose another prefix, or replace with --force")
         self.documents, self.tokens, self.text_bytes, self._largest = 0, 0, 0, -1
+        self.loss_tokens = 0
+        self._loss: BinaryIO | None = None
         self._bin = _open_locked(self._temporary[0])
         try:
             self._idx = _open_locked(self._temporary[1])
             self._idx.write(bytes(HEADER.size))
+            if masked:
+                self._loss = _open_locked(self._temporary[3])
         except BaseException:
             self._bin.close()
             self._remove_temporary()
             raise
 
     def add(
-        self, tokens: npt.NDArray[np.integer], lengths: Sequence[int] | npt.NDArray[np.integer], text_bytes: int = 0
+        self,
+        tokens: npt.NDArray[np.integer],
+        lengths: Sequence[int] | npt.NDArray[np.integer],
+        text_bytes: int = 0,
+        mask: npt.NDArray[np.uint8] | None = None,
     ) -> None:
-        """Append documents: their tokens one after another [sum of lengths], the length of each [documents], and how
-        many bytes of text they were made from."""
+        """Append documents: their tokens one after another [sum of lengths], the length of each [documents], how many
+        bytes of text they were made from, and, in a masked pair, which tokens count in the loss [sum of lengths]."""
+        if (mask is None) != (self._loss is None) or (mask is not None and mask.size != tokens.size):
+            raise ValueError("a masked pair needs a mask for every token, another none")
         counts = np.asarray(lengths, np.int64)
         if counts.sum() != tokens.size or counts.min(initial=0) < 0:
             raise ValueError(f"{tokens.size} tokens for documents of {counts.sum()} together")
@@ -71,6 +82,9 @@ class PairWriter:
             self._largest = max(self._largest, int(tokens.max()))
         self._bin.write(tokens.astype(self._dtype, copy=False).tobytes())
         self._idx.write(counts.astype("<i4").tobytes())
+        if self._loss is not None and mask is not None:
+            self._loss.write((mask != 0).astype(np.uint8).tobytes())
+            self.loss_tokens += int(np.count_nonzero(mask))
         self.documents += counts.size
         self.tokens += tokens.size
         self.text_bytes += text_bytes
@@ -92,26 +106,32 @@ class PairWriter:
             self.documents,
             self.tokens,
             self.text_bytes,
+            loss_tokens=self.loss_tokens,
         )
         self._finish_index()
-        with open(self._temporary[2], "wb") as stream:
-            stream.write(info.dump().encode())
-            _sync(stream)
-        _sync(self._bin)
-        _sync(self._idx)
-        (bin_path, idx_path, json_path), (bin_new, idx_new, json_new) = self._paths, self._temporary
+        with open(self._temporary[2], "wb") as description:
+            description.write(info.dump().encode())
+            sync(description)
+        streams = [stream for stream in (self._bin, self._idx, self._loss) if stream is not None]
+        for stream in streams:
+            sync(stream)
+        bin_path, idx_path, json_path, loss_path = self._paths
         idx_path.unlink(missing_ok=True)  # --force: from here to the end there is no pair
-        for new, path in ((bin_new, bin_path), (json_new, json_path), (idx_new, idx_path)):
-            os.replace(new, path)
-        _sync_folder(idx_path.parent)
-        self._bin.close()
-        self._idx.close()
+        if self._loss is None:
+            for path in (loss_path, self._temporary[3]):  # of what is replaced, of a killed process
+                path.unlink(missing_ok=True)
+        renamed = [bin_path, *([loss_path] if self._loss is not None else []), json_path, idx_path]
+        for path in renamed:
+            os.replace(self._temporary[self._paths.index(path)], path)
+        sync_folder(idx_path.parent)
+        for stream in streams:
+            stream.close()
         return info
 
     def abort(self) -> None:
         """Remove the temporary files; the names are left as they were. Does nothing after ``finish``."""
         if not self._idx.closed:
-            for stream in (self._bin, self._idx):
+            for stream in filter(None, (self._bin, self._idx, self._loss)):
                 with contextlib.suppress(OSError):  # the disk may be full: what is buffered cannot be written
                     stream.close()
             self._remove_temporary()
@@ -166,18 +186,3 @@ def _open_locked(path: Path) -> BinaryIO:
         raise UserError(f"{path}: another process is writing this pair; choose another prefix")
     stream.truncate(0)
     return stream
-
-
-def _sync(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """Make renames in a folder durable, where the system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -2,8 +2,8 @@
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from megatron_zebra.attention.attending import Attending
 from megatron_zebra.attention.contract import Segments
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.initialize import Initializer
@@ -20,12 +20,11 @@ class Attention(nn.Module):
     Each tensor-parallel rank computes its own heads over all T tokens.
     """
 
-    def __init__(
-        self, name: str, arch: Architecture, layer: int, init: Initializer, backend: str, recompute: bool
-    ) -> None:
+    def __init__(self, name: str, arch: Architecture, layer: int, init: Initializer, backend: str) -> None:
         super().__init__()
+        self.layer = layer
         self.head_dim, self.window, self.rotated = arch.head_dim, arch.window(layer), layer not in arch.nope_layers
-        self.backend, self.recompute, self.tp = backend, recompute, init.tp
+        self.backend, self.tp = backend, init.tp
         hidden, heads, kv_heads, dim = arch.hidden_size, arch.num_heads, arch.num_kv_heads, arch.head_dim
         self.q_proj = Linear(f"{name}.q_proj", hidden, heads * dim, init, arch.qkv_bias)
         self.k_proj = KVLinear(f"{name}.k_proj", hidden, kv_heads, dim, init, arch.qkv_bias)
@@ -35,34 +34,25 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(f"{name}.k_norm", dim, arch.norm_eps, init) if arch.qk_norm else None
 
     def forward(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], segments: Segments | ContextShard
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], segments: Segments | ContextShard | Attending
     ) -> torch.Tensor:
+        return self.project(self.heads(x, rope, segments))
+
+    def heads(
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], segments: Segments | ContextShard | Attending
+    ) -> torch.Tensor:
+        """What this rank's heads give: [T, heads, head_dim]."""
         x = gather_sequence(x, self.tp)
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.recompute and torch.is_grad_enabled():
-            out = checkpoint(self._core, q, k, v, rope, segments, use_reentrant=False, preserve_rng_state=False)
-        else:
-            out = self._core(q, k, v, rope, segments)
-        return scatter_sum(self.o_proj(out.flatten(1)), self.tp)
-
-    def _core(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        segments: Segments | ContextShard,
-    ) -> torch.Tensor:
         if self.rotated:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        return attend(
-            q,
-            k,
-            v,
-            segments,
-            window=self.window,
-            backend=self.backend,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-        )
+        if not isinstance(segments, Segments | ContextShard):
+            return segments.attend(self.layer, q, k, v, window=self.window, backend=self.backend)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return attend(q, k, v, segments, window=self.window, backend=self.backend, deterministic=deterministic)
+
+    def project(self, heads: torch.Tensor) -> torch.Tensor:
+        """All heads' outputs into the residual stream: [T / tp, hidden_size]."""
+        return scatter_sum(self.o_proj(heads.flatten(1)), self.tp)

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from megatron_zebra.attention.attending import Attending
 from megatron_zebra.attention.contract import Segments
 from megatron_zebra.attention.registry import check_backend, resolve_backend
 from megatron_zebra.model.architecture import Architecture
@@ -17,6 +17,7 @@ from megatron_zebra.model.layers import Embedding, RMSNorm
 from megatron_zebra.model.loss import token_loss
 from megatron_zebra.model.offload import on_host
 from megatron_zebra.model.pattern import LayerKind
+from megatron_zebra.model.recompute import computed_again
 from megatron_zebra.model.rope import inverse_frequencies, phases
 from megatron_zebra.parallel.context.shard import ContextShard
 from megatron_zebra.parallel.tensor import gather_sequence
@@ -48,11 +49,15 @@ class Head(nn.Module):
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None, guide: Guide | None = None) -> torch.Tensor | Loss:
         x = gather_sequence(x, self.tp)
         if labels is None:
-            logits = nn.functional.linear(x, self.weight)
-            return self.tp.all_gather(logits.t()).t()[:, : self.vocab_size]
+            return self.logits(x)
         weight = self.weight[: self.box.shape[0]]  # without the padding, which so can neither win nor count
         first = self.box.offsets[0]
         return Loss(*token_loss(x, weight, labels, self.loss_chunk_size, first, self.tp, self.split_backward, guide))
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Of any tokens, whole on every rank: x [n, hidden_size] -> [n, vocab_size]."""
+        logits = nn.functional.linear(x, self.weight)
+        return self.tp.all_gather(logits.t()).t()[:, : self.vocab_size]
 
 
 class Decoder(nn.Module):
@@ -101,7 +106,7 @@ class Decoder(nn.Module):
                 window=arch.window(i),
                 layer=f"layer {i} ({arch.layer_kinds[i]})",
             )
-            self.layers[str(i)] = Block(arch, i, init, backend, recompute == "attention")
+            self.layers[str(i)] = Block(arch, i, init, backend, recompute == "attention", offload)
         self.norm: RMSNorm | None = None
         self.head: Head | None = None
         if held.stop == arch.num_layers:
@@ -117,7 +122,7 @@ class Decoder(nn.Module):
         hidden: torch.Tensor | None = None,
         guide: Guide | None = None,
     ) -> torch.Tensor | Loss:
-        x = self._states(tokens, positions, segments, hidden)
+        x = self.states(tokens, positions, segments, hidden)
         return x if self.head is None else self.head(x, labels, guide)
 
     @torch.no_grad()
@@ -131,17 +136,17 @@ class Decoder(nn.Module):
     ) -> Guide:
         """What the model predicts for ``tokens``, for another one to learn from."""
         assert self.head is not None
-        x = gather_sequence(self._states(tokens, positions, segments, None), self.head.tp)
+        x = gather_sequence(self.states(tokens, positions, segments), self.head.tp)
         return Guide(x, self.head.weight[: self.head.box.shape[0]], share, temperature)
 
-    def _states(
+    def states(
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        segments: Segments | ContextShard,
-        hidden: torch.Tensor | None,
+        segments: Segments | ContextShard | Attending,
+        hidden: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What goes into the head, or where another stage has it, into the next stage."""
+        """What goes into the head, or where another stage has it, into the next stage: [T / tp, hidden_size]."""
         rope = self._phases(positions)
         x: Any = self.embedding(tokens) if self.embedding is not None else hidden
         for number, layer in self.layers.items():
@@ -154,20 +159,14 @@ class Decoder(nn.Module):
         layer: nn.Module,
         x: torch.Tensor,
         phase: tuple[torch.Tensor, torch.Tensor],
-        segments: Segments | ContextShard,
+        segments: Segments | ContextShard | Attending,
     ) -> torch.Tensor:
         if not torch.is_grad_enabled():
             return layer(x, phase, segments)
         if not self.recompute_block:
             with on_host(layer) if self.offload else nullcontext():
                 return layer(x, phase, segments)
-        # A checkpoint keeps its arguments as they are given.
-        device, kept = x.device, x.cpu() if self.offload else x
-
-        def again(x: torch.Tensor) -> torch.Tensor:
-            return layer(x.to(device), phase, segments)
-
-        return checkpoint(again, kept, use_reentrant=False, preserve_rng_state=False)
+        return computed_again(lambda x: layer(x, phase, segments), x, self.offload)
 
     def _head_weight(self, arch: Architecture, init: Initializer, tied: nn.Parameter | None) -> nn.Parameter:
         """A tied head shares the embedding's parameter; where that is on another rank, it holds a copy of it."""

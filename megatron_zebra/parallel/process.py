@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_zebra.errors import UserError
+from megatron_zebra.launched import launched, meeting_place
 from megatron_zebra.parallel.agreement import agree
 from megatron_zebra.parallel.grid import Grid, make_grid
 from megatron_zebra.parallel.layout import AXES, Layout
@@ -62,13 +63,12 @@ def world(
         UserError: the others cannot be reached, or were started with other facts.
         RankLost: another rank died or failed.
     """
-    alone = "RANK" not in os.environ
-    rank, size = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    started = launched()
+    rank, size, local_rank = started.rank, started.world_size, started.local_rank
     layout = Layout.of(size, tp=tp, cp=cp, pp=pp)
     limit = datetime.timedelta(seconds=timeout)
     try:
-        store, keeper = (dist.HashStore(), 0) if alone else _store(rank, size, limit)
+        store, keeper = (dist.HashStore(), 0) if started.alone else _store(rank, size, limit)
     except (RuntimeError, ValueError) as problem:
         raise _unreached(problem, local_rank) from None
     with watched(store, rank, size, lambda other: _name(layout, other), keeper, pace or Pace(), leave) as watch:
@@ -93,7 +93,7 @@ def _store(rank: int, size: int, limit: datetime.timedelta) -> tuple[dist.Store,
     """Where the ranks meet, and the rank whose process keeps it (None: torchrun's). Does not wait for the others."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return next(dist.rendezvous("env://", timeout=limit))[0], None
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = meeting_place()
     store = dist.TCPStore(address, port, size, rank == 0, limit, wait_for_workers=False, multi_tenant=True)
     return store, 0
 

@@ -336,19 +336,21 @@ def _read(word: bytes) -> Verdict:
 
 def _is_broken(error: BaseException) -> bool:
     """Whether ``error``, or what led to it, says that a collective or the store broke."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, dist.DistError):
+    seen: list[BaseException] = []
+    now: BaseException | None = error
+    while now is not None and now not in seen:  # what led to it may lead back to it
+        if isinstance(now, dist.DistError):
             return True
-        if isinstance(seen, RuntimeError) and any(word in str(seen) for word in _BROKEN):
+        if isinstance(now, RuntimeError) and any(word in str(now) for word in _BROKEN):
             return True
-        seen = seen.__cause__ or seen.__context__
+        seen.append(now)
+        now = now.__cause__ or now.__context__
     return False
 
 
 def _short(error: BaseException) -> str:
-    """The kind of ``error`` and its first line; torch's go on with C++ frames."""
-    first = next(iter(str(error).splitlines()), "")
+    """The kind of ``error`` and its first line that says something; torch's go on with C++ frames."""
+    first = next(filter(None, map(str.strip, str(error).splitlines())), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 

@@ -32,7 +32,7 @@ def pipeline_stages(parallel: Parallel, arch: Architecture, sequence_length: int
         sequence_length: tokens of a row, the length that stages are balanced for.
         recompute: ``training.recompute``.
     """
-    layers = [f.times(3).total + recomputed(f, recompute) for f in layer_flops(arch, [sequence_length])]
+    layers = [f.times(3).total + recomputed(arch, f, recompute) for f in layer_flops(arch, [sequence_length])]
     head = head_flops(arch, sequence_length).times(3).total
     ranks = stage_ranks(parallel.pp, stages_per_rank(parallel), v=parallel.pp_schedule == "zero_bubble")
     if parallel.pp == 1:

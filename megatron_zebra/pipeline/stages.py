@@ -4,7 +4,9 @@ Only hidden states travel between ranks: each rank reads its own micro-batches' 
 stage looks them up by the number of the micro-batch, which the schedule hands it.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,8 +74,14 @@ class Pipeline:
         schedule._loss_fn = lambda loss_sum, _: loss_sum.sum() * factor
         target = numbers if self.num_stages - 1 in self.parts else None
         run = schedule.eval if scale is None else schedule.step
-        with self.grid.traffic.within(f"pipeline over {self.grid.pp}", waits=False):
-            run(*inputs, number=numbers, target=target, return_outputs=False)
+        failure = None
+        with self.grid.traffic.within(f"pipeline over {self.grid.pp}", waits=False), _quiet_schedule():
+            try:
+                run(*inputs, number=numbers, target=target, return_outputs=False)
+            except RuntimeError as page:  # torch's, about the arguments of the stage in which something was raised
+                failure = page.__cause__ or page
+            if failure is not None:
+                raise failure
         return losses
 
     def _schedule(self, count: int, tokens: int, training: bool) -> Any:
@@ -100,6 +108,18 @@ class Pipeline:
         )
         stage.collect = self.collect
         return stage
+
+
+@contextmanager
+def _quiet_schedule() -> Iterator[None]:
+    """Without torch's log of its whole schedule when a step fails, in which the line that matters is lost."""
+    log = logging.getLogger("torch.distributed.pipelining.schedules")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 class _Stage(PipelineStage):

@@ -81,12 +81,12 @@ def activations(
     e, tp, h, f, own = element_bytes, rank.tp, arch.hidden_size, rank.f, rank.tokens
     last = held[-1] == arch.num_layers - 1
     block = rank.block()
-    per_layer = h * e // tp if recompute == "full" else block
+    per_layer = rank.block_input() if recompute == "full" else block
     fetched = sum(rank.fetched_kept(arch.window(layer)) for layer in held)
     stack = (per_layer * len(held) + rank.rope()) * own + fetched
     kept = stack
     # Of the block that full recomputation makes again, the input was kept; where the norm keeps a copy, that is new.
-    again = block - (h * e // tp if not on_cpu or e == FP32 else 0) if recompute == "full" else 0
+    again = block - (rank.block_input() if rank.norm_keeps_input else 0) if recompute == "full" else 0
     # The gradient of the residual stream (h) lives beside what is kept; under tp also gathered.
     residual = h * e // tp + (h * e if tp > 1 else 0)
     peaks = {
@@ -145,12 +145,25 @@ class _Rank:
         h = self.arch.hidden_size
         return self.norm(h) // self.tp + (h + 3 * self.f) * self.e
 
-    def block(self) -> int:
-        """What a block keeps for its backward, a token."""
+    def attention_made(self) -> int:
+        """First half of a block: the norm's, normed, q, k, v, the output and the kernel's state."""
         h, (heads, kv_heads) = self.arch.hidden_size, heads_used(self.arch, self.tp)
         qk_norm = self.norm(self.arch.head_dim, heads + kv_heads) if self.arch.qk_norm else 0
-        log_sum = 0 if self.recompute == "attention" else heads * FP32
-        attention = self.norm(h) // self.tp + qk_norm + (h + 2 * self.q + 2 * self.kv) * self.e + log_sum
+        return self.norm(h) // self.tp + qk_norm + (h + 2 * self.q + 2 * self.kv) * self.e + heads * FP32
+
+    def block_input(self) -> int:
+        """What goes from block to block."""
+        return self.arch.hidden_size * self.e // self.tp
+
+    @property
+    def norm_keeps_input(self) -> bool:
+        """Whether a norm keeps its input as it is, and no copy in fp32."""
+        return not self.on_cpu or self.e == FP32
+
+    def block(self) -> int:
+        """What a block keeps for its backward, a token, unless all of it is computed again."""
+        recomputed = self.recompute == "attention"
+        attention = self.block_input() + self.q * self.e if recomputed else self.attention_made()
         return attention + self.mlp_kept()
 
     def rope(self) -> int:
@@ -179,7 +192,10 @@ class _Rank:
         heads, q, kv, e, tokens = self.heads, self.q, self.kv, self.e, self.tokens
         keys, received = self.keys(window)
         groups = self.parallel.cp_head_groups if self.parallel.cp > 1 and window is None else 1
-        again = (2 * q + kv) * e + heads * FP32 if self.recompute == "attention" else 0
+        again = 0
+        if self.recompute == "attention":
+            # The output that o_proj kept is gone by then; the block's input is still there, where the norm keeps just that.
+            again = self.attention_made() - q * e - (self.block_input() if self.norm_keeps_input else 0)
         exchanged = 0
         if self.parallel.cp > 1:
             refetched = keys if self.recompute != "none" or not (window or self.parallel.cp_keep_fetched) else 0

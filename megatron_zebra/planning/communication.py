@@ -5,8 +5,9 @@ k = KV heads that a rank computes; as in ``parallel.group`` an all-gather or red
 b (n - 1) / n, an all-reduce twice that, an all-to-all exactly what it carries.
 
     cp local, cp global   a layer and micro-batch: 2 k head_dim e for each token fetched, the same for each gradient returned
-    tp                    a block: 4 x T hidden e forward (all-gather and reduce-scatter, attention and MLP), 4 backward, 3
-                          more where it is recomputed (that stops at the last thing which is kept); embedding and head 2 each
+    tp                    a block: 4 x T hidden e forward (all-gather and reduce-scatter, attention and MLP), 4 backward; 3
+                          more where all of it is recomputed, 1 where its attention is (that stops at the last thing which
+                          backward needs); embedding and head 2 each
     pp                    T / tp hidden e into each stage forward, and as much back from the next one
     ends                  the gradient of a tied weight, fp32, between first and last stage, once a step
     data                  gradients in fp32: all-reduced once a step (ZeRO 0, 1) or a micro-batch (2), reduce-scattered a
@@ -117,7 +118,7 @@ def tensor_bytes(arch: Architecture, config: Config, layers: int, first: bool, l
         return 2 * size * (n - 1) // n
 
     hidden = tokens * arch.hidden_size * e * (n - 1) // n
-    recomputed = 3 if config.training.recompute == "full" else 0
+    recomputed = {"none": 0, "attention": 1, "full": 3}[config.training.recompute]
     norm = all_reduce(arch.hidden_size * e)
     gradients = 2 * norm
     if arch.qk_norm:

@@ -52,12 +52,18 @@ def train_flops(arch: Architecture, lengths: Lengths) -> Flops:
 
 def recompute_flops(arch: Architecture, lengths: Lengths, recompute: str) -> int:
     """What ``training.recompute`` computes a second time: hardware FLOPs = train_flops(...).total + this."""
-    return recomputed(forward_flops(arch, lengths), recompute)
+    return recomputed(arch, forward_flops(arch, lengths), recompute)
 
 
-def recomputed(forward: Flops, recompute: str) -> int:
-    """What ``training.recompute`` computes a second time of a forward pass, of the model or of a part of it."""
-    return {"none": 0, "attention": forward.attention, "full": forward.blocks + forward.attention}[recompute]
+def recomputed(arch: Architecture, forward: Flops, recompute: str) -> int:
+    """What ``training.recompute`` computes a second time of a forward pass of ``arch``, or of some of its layers.
+
+    attention: q, k, v and the attention; full: all but the MLP's last product, whose output no backward needs.
+    """
+    h, width = arch.hidden_size, (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
+    all_of_a_block = matrix_parameters(arch)[0] // arch.num_layers
+    again = {"none": 0, "attention": h * width, "full": all_of_a_block - h * arch.ffn_hidden_size}[recompute]
+    return forward.blocks * again // all_of_a_block + (forward.attention if again else 0)
 
 
 def layer_flops(arch: Architecture, lengths: Lengths) -> list[Flops]:

@@ -1,14 +1,14 @@
 """Opens and checks the data that a configuration names. Reads no token; imports no torch."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from megatron_zebra.config.derived import longest_sequence
 from megatron_zebra.config.sections import Config, Source
 from megatron_zebra.data.dataset import Dataset, Phase
 from megatron_zebra.data.indexed import IndexedPair
+from megatron_zebra.data.lengths import LengthFilter, NoDocumentLeft
 from megatron_zebra.data.rows import OnePass
-from megatron_zebra.data.source import FileSource, check_vocabulary, split_documents
+from megatron_zebra.data.source import FileSource, check_fits, check_vocabulary, is_masked, split_documents
 from megatron_zebra.data.source import Source as TokenSource
 from megatron_zebra.data.synthetic import SyntheticSource
 from megatron_zebra.errors import UserError
@@ -53,7 +53,9 @@ def open_inputs(config: Config) -> Inputs:
         for source in data.train:
             names.append(_unique(_name(source), names))
         weights = [source.weight for source in data.train]
-        sources, valid = _files(config, pairs, vocab_size, names)
+        sources, valid = _files(config, pairs, vocab_size, names, warnings)
+    lengths = [length for _, length in sequence_phases(config)]
+    warnings += _keep_whole(data.packing, sources, min(lengths))
     dataset = Dataset(
         sources,
         [Phase(rows, length) for rows, length in sequence_phases(config)],
@@ -63,10 +65,14 @@ def open_inputs(config: Config) -> Inputs:
         data.attend_across_documents,
         data.cache_dir,
     )
-    readers = {
-        name: OnePass(source, longest_sequence(config), config.evaluation.rows, data.attend_across_documents)
-        for name, source in valid.items()
-    }
+    readers = {}
+    for name, held in valid.items():
+        whole = data.packing == "best_fit" and is_masked(held)
+        if whole:
+            check_fits(held, max(lengths))
+        readers[name] = OnePass(
+            held, max(lengths), config.evaluation.rows, data.attend_across_documents, whole_documents=whole
+        )
     return Inputs(dataset, readers, vocab_size, names, warnings)
 
 
@@ -88,21 +94,40 @@ def _vocab_size(config: Config, pairs: list[IndexedPair]) -> int:
 
 
 def _files(
-    config: Config, pairs: list[IndexedPair], vocab_size: int, names: list[str]
+    config: Config, pairs: list[IndexedPair], vocab_size: int, names: list[str], warnings: list[str]
 ) -> tuple[list[TokenSource], dict[str, TokenSource]]:
     """Training sources, and validation sources by name: those given, else the held-out share of each training source."""
     data = config.data
     count = len(data.train)
     valid: dict[str, TokenSource] = {}
     for source, pair in zip(data.valid, pairs[count:]):
-        valid[_name(source)] = FileSource(pair, None, _scanned(pair, vocab_size), _name(source))
+        valid[_name(source)] = _within(FileSource(pair, None, _scanned(pair, vocab_size), _name(source)), source)
     train: list[TokenSource] = []
-    for name, pair in zip(names, pairs):
+    for name, settings, pair in zip(names, data.train, pairs):
         documents, held_out, _ = split_documents(pair.documents, data.split)
-        train.append(FileSource(pair, documents if not data.valid else None, _scanned(pair, vocab_size), name))
+        known = _scanned(pair, vocab_size)
+        train.append(_within(FileSource(pair, documents if not data.valid else None, known, name), settings))
         if not data.valid and held_out:
-            valid[_unique(name, valid)] = FileSource(pair, held_out, _scanned(pair, vocab_size), name)
+            try:
+                valid[_unique(name, valid)] = _within(FileSource(pair, held_out, known, name), settings)
+            except NoDocumentLeft as error:  # a small share, and few documents are long
+                warnings.append(f"no validation of {name}, since its held-out share by data.split is empty: {error}")
     return train, valid
+
+
+def _within(source: TokenSource, settings: Source) -> TokenSource:
+    """The source's documents of the lengths that the configuration asks for."""
+    low, high = settings.min_document_tokens, settings.max_document_tokens
+    return source if low is None and high is None else LengthFilter(source, low, high)
+
+
+def _keep_whole(packing: str, sources: list[TokenSource], shortest: int) -> Iterator[str]:
+    """UserError where best_fit would cut a conversation; warnings where concat will."""
+    for source in filter(is_masked, sources):
+        if packing == "best_fit":
+            check_fits(source, shortest)
+        else:
+            yield f"{source.name}: data.packing = {packing} cuts its conversations at row ends; best_fit keeps them whole"
 
 
 def _scanned(pair: IndexedPair, vocab_size: int) -> int | None:

@@ -106,3 +106,13 @@ def again(folder: Path) -> Any:
     import transformers
 
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a folder's safetensors files, read by the safetensors package."""
+    from safetensors.torch import load_file
+
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found

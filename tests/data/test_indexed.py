@@ -284,6 +284,6 @@ def test_splits_are_by_document_and_contiguous() -> None:
 def test_json_fields_are_stable(tmp_path: Path) -> None:
     write(tmp_path / "p")
     assert sorted(json.loads((tmp_path / "p.json").read_text())) == [
-        "documents", "eod_id", "format_version", "largest_id", "text_bytes", "tokenizer_hash", "tokenizer_kind",
+        "documents", "eod_id", "format_version", "largest_id", "loss_tokens", "text_bytes", "tokenizer_hash", "tokenizer_kind",
         "tokenizer_name", "tokens", "vocab_size",
     ]  # fmt: skip

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_zebra.data.encode import Job
 from megatron_zebra.data.indexed import IndexedPair
-from megatron_zebra.data.preprocess import Job, preprocess
+from megatron_zebra.data.preprocess import preprocess
 from megatron_zebra.data.source import FileSource
 from megatron_zebra.data.tokenizer import load_tokenizer
 from megatron_zebra.errors import UserError
@@ -69,7 +70,7 @@ def test_help_teaches_and_is_quick() -> None:
 
 def test_tools_import_no_torch(data: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from megatron_zebra.data.preprocess import Job, preprocess; "
+        "import sys; from pathlib import Path; from megatron_zebra.data.encode import Job; from megatron_zebra.data.preprocess import preprocess; "
         f"preprocess(Job([Path({str(data / 'a.jsonl')!r})], Path({str(data / 't.model')!r}), Path({str(tmp_path / 'p')!r}))); "
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )

@@ -147,6 +147,7 @@ CASES: list[tuple[int, dict[str, int], dict[str, Any]]] = [
     (2, {"cp": 2}, {"parallel__cp_keep_fetched": True, "parallel__cp_order": "contiguous"}),
     (2, {"cp": 2}, {"training__recompute": "full", "parallel__cp_head_groups": 2}),
     (2, {"cp": 2}, {"training__recompute": "attention"}),
+    (4, {"tp": 2, "cp": 2}, {"training__recompute": "attention", "model__qk_norm": True}),
     (2, {"pp": 2}, {"model__tie_embeddings": True}),
     (4, {"tp": 2, "cp": 2}, {}),
     (4, {"cp": 2, "pp": 2}, {"training__recompute": "full"}),

@@ -92,8 +92,32 @@ def test_recomputation_is_reported_apart() -> None:
     forward, train = flops.forward_flops(arch, lengths), flops.train_flops(arch, lengths)
     assert train.total == 3 * forward.total
     assert flops.recompute_flops(arch, lengths, "none") == 0
-    assert flops.recompute_flops(arch, lengths, "attention") == forward.attention
-    assert flops.recompute_flops(arch, lengths, "full") == forward.total - forward.head
+    qkv, down = 4 * 2 * 32 * (4 + 2 * 2) * 8, 4 * 2 * 32 * 48  # of a token, all layers
+    assert flops.recompute_flops(arch, lengths, "attention") == 64 * qkv + forward.attention
+    assert flops.recompute_flops(arch, lengths, "full") == forward.total - forward.head - 64 * down
+
+
+@pytest.mark.parametrize("recompute", ["attention", "full"])
+def test_what_is_computed_again_is_what_torch_counts(recompute: str) -> None:
+    """Matrix products alone: attention's scores are batched ones, and the fused backward has more of them."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megatron_zebra.attention.segments import Segments
+    from megatron_zebra.model.decoder import Decoder
+    from megatron_zebra.model.initialize import Initializer
+
+    arch, ids = small(), torch.arange(64)
+
+    def products(mode: str) -> int:
+        init = Initializer(1, 0.02, arch.num_layers, torch.float32, torch.device("cpu"))
+        model = Decoder(arch, init, recompute=mode)
+        with FlopCounterMode(display=False) as counter:
+            model(ids, ids, Segments.from_lengths([64]), ids).sum.backward()
+        return sum(n for op, n in counter.get_flop_counts()["Global"].items() if "bmm" not in str(op))
+
+    again = flops.recompute_flops(arch, [64], recompute) - flops.forward_flops(arch, [64]).attention
+    assert products(recompute) - products("none") == again
 
 
 def test_a_long_and_wide_step_does_not_overflow() -> None:

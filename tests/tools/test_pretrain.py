@@ -157,6 +157,7 @@ def test_under_torchrun_rank_0_alone_tells_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["--config", DEBUG, "--model.window_size", "0"]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert pretrain_zebra.main(words) == 2

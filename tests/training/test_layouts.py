@@ -38,7 +38,9 @@ LAYOUTS: list[dict[str, int]] = [
 ]
 
 
-def trained_curve(grid: Grid, overrides: dict[str, Any], wanted: Gradients) -> tuple[Curve, dict[str, list[float]]]:
+def trained_curve(
+    grid: Grid, overrides: dict[str, Any], wanted: Gradients, steps: int = STEPS
+) -> tuple[Curve, dict[str, list[float]]]:
     """(loss, norm) of each step by the code that trains; of this rank's part of each parameter's first gradient: its
     squared distance from ``wanted``, and its number of elements.
     """
@@ -47,7 +49,7 @@ def trained_curve(grid: Grid, overrides: dict[str, Any], wanted: Gradients) -> t
     trained = build_training(config, arch, grid)
     rows, micro = config.training.global_batch_size, config.training.micro_batch_size
     out, apart = [], {}
-    for step in range(STEPS):
+    for step in range(steps):
         batch = read_step(inputs.train, step, step * rows, rows, micro, grid.dp_rank, grid.dp_size)
         rate = learning_rate(config.optimizer, step, STEPS)
         outcome = train_step(trained, batch.micro_batches, rate, grid, 1, StepFlops(arch))
@@ -88,12 +90,19 @@ def check(run_distributed: Any, layout: dict[str, int], **settings: Any) -> None
     found = run_distributed(trained_curve, layout["world"], overrides, gradients, **axes)
     for got, _ in found:
         assert_same(got, curve, 1e-5)
+    for name, distance in distances(found, gradients).items():
+        assert distance <= 1e-5, f"{name}: gradient {distance:.1e} away"
+
+
+def distances(found: list[tuple[Curve, dict[str, list[float]]]], gradients: Gradients) -> dict[str, float]:
+    """||difference|| / ||gradient|| of each parameter's first gradient, put together from what all ranks hold."""
+    out = {}
     for name, gradient in gradients.items():
         parts = [apart[name] for _, apart in found if name in apart]
         assert sum(numel for _, numel in parts) == gradient.size, f"{name}: not every element once"
         # The first gradient of an adapter's A is zero, as its B is.
-        distance = np.sqrt(sum(square for square, _ in parts)) / (np.linalg.norm(gradient) or 1.0)
-        assert distance <= 1e-5, f"{name}: gradient {distance:.1e} away"
+        out[name] = float(np.sqrt(sum(square for square, _ in parts)) / (np.linalg.norm(gradient) or 1.0))
+    return out
 
 
 def name_of(layout: dict[str, int]) -> str:
@@ -124,9 +133,13 @@ CHOICES: list[tuple[dict[str, int], dict[str, Any]]] = [
     ({"world": 4, "tp": 2}, {"optimizer__zero_stage": 3, "model__qkv_bias": True, "model__tie_embeddings": True}),
     ({"world": 4, "tp": 2, "cp": 2}, {"optimizer__zero_stage": 2, "training__recompute": "full"}),
     ({"world": 4, "cp": 2}, {"optimizer__zero_stage": 3, "parallel__cp_order": "contiguous"}),
+    ({"world": 2, "tp": 2}, {"optimizer__zero_stage": 3, "training__recompute": "attention", "model__qk_norm": True}),
+    ({"world": 2}, {"optimizer__zero_stage": 3, "training__recompute": "full", "training__offload_activations": True}),
+    ({"world": 2, "pp": 2}, {"parallel__pp_schedule": "zero_bubble", "training__recompute": "attention"}),
     ({"world": 2, "cp": 2}, {"optimizer__zero_stage": 0, "parallel__cp_head_groups": 2}),
     ({"world": 3, "cp": 3}, {"parallel__cp_keep_fetched": True, "model__window_size": 30}),
-    ({"world": 2, "cp": 2}, {"training__recompute": "attention", "data__attend_across_documents": True}),
+    ({"world": 2, "cp": 2}, {"training__recompute": "attention", "training__offload_activations": True}),
+    ({"world": 2, "cp": 2}, {"data__attend_across_documents": True}),
     ({"world": 2, "cp": 2}, {"parallel__cp_order": "contiguous", "model__window_size": 47}),
 ]
 LORA = {"training__lora__rank": 3, "training__lora__alpha": 24.0}

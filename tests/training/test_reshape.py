@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 
+from megatron_zebra.checkpoint.catalog import newest
+from megatron_zebra.checkpoint.reader import open_checkpoint
 from megatron_zebra.parallel.grid import Grid
+from megatron_zebra.parallel.optimizer import KINDS
 from megatron_zebra.parallel.process import WorldCollective
 from megatron_zebra.training.build import build_training
-from megatron_zebra.training.state import resume_state, save_state
+from megatron_zebra.training.state import Progress, restore, resume_state, save_state
 from tests.training.cases import opened, small
 from tests.training.runs import contents, metrics, run
 
@@ -79,3 +82,63 @@ def test_R08_every_layout_loads_every_bit_and_goes_on(
     for got, want in zip(records, expected, strict=True):
         assert got["loss"] == pytest.approx(want["loss"], abs=1e-5)
         assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
+
+
+# Tensors of many checksummed blocks of 128 KiB, which are the least that is read.
+WIDE = {
+    "model__hidden_size": 256,
+    "model__num_layers": 4,
+    "model__num_heads": 8,
+    "model__num_kv_heads": 4,
+    "model__ffn_hidden_size": 1024,
+    "model__vocab_size": 2048,
+    "training__global_batch_size": 4,
+}
+
+
+def save_wide(grid: Grid, folder: Path, overrides: dict[str, Any]) -> None:
+    config = small(**overrides)
+    arch, _ = opened(config)
+    optimizer = build_training(config, arch, grid).optimizer
+    save_state(folder, Progress(), config, arch, optimizer, WorldCollective(grid))
+
+
+def read_wide(grid: Grid, folder: Path, overrides: dict[str, Any]) -> float:
+    """Bytes that this rank reads of the checkpoint, over the bytes that it holds."""
+    config = small(**overrides)
+    arch, _ = opened(config)
+    optimizer = build_training(config, arch, grid).optimizer
+    place = newest(folder)
+    assert place is not None
+    checkpoint = open_checkpoint(place)
+    restore(checkpoint, config, arch, optimizer)
+    return checkpoint.bytes_read / sum(4 * len(KINDS) * part.numel for part in optimizer.held())
+
+
+@pytest.fixture(scope="module")
+def wide(run_distributed: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wide")
+    run_distributed(save_wide, 4, folder, WIDE | settings(SAVED, {}), **SAVED)
+    return folder
+
+
+# What a rank reads more than it holds: where tp grows from two to four, o_proj and down_proj are cut across their rows, and
+# read whole rows at a time.
+READ: list[tuple[int, dict[str, int], dict[str, Any], float]] = [
+    (4, {}, {}, 1.01),
+    (4, {}, {"optimizer__zero_stage": 3}, 1.3),  # every tensor in four: blocks at the ends of small shards
+    (4, {"cp": 4}, {"optimizer__zero_stage": 2}, 1.01),
+    (4, {"pp": 4}, {}, 1.0),
+    (4, {"tp": 2, "pp": 2}, {}, 1.0),
+    (4, {"tp": 2, "cp": 2}, {}, 1.01),
+    (4, {"tp": 4}, {}, 1.42),
+]
+
+
+@pytest.mark.parametrize(("world", "axes", "more", "most"), READ)
+def test_a_rank_reads_about_its_share(
+    run_distributed: Any, wide: Path, world: int, axes: dict[str, int], more: dict[str, Any], most: float
+) -> None:
+    found = run_distributed(read_wide, world, wide, WIDE | settings(axes, more), **axes)
+    assert min(found) >= 1
+    assert max(found) <= most

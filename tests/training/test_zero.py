@@ -42,6 +42,7 @@ def reference(
     world_size: int = 1,
     by_rank: bool = True,
     first_gradient: dict[str, np.ndarray] | None = None,
+    steps: int = STEPS,
 ) -> Curve:
     """One process, plain torch: autograd and AdamW on fp32 masters; in fp32 the whole global batch at once.
 
@@ -64,7 +65,7 @@ def reference(
     whole = config.training.precision == "fp32"
     micro, ranks = (rows, 1) if whole else (config.training.micro_batch_size, world_size)
     out = []
-    for step in range(STEPS):
+    for step in range(steps):
         read = [
             read_step(inputs.train, step, step * rows, rows, micro, rank, ranks).micro_batches for rank in range(ranks)
         ]

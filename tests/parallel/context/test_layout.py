@@ -12,6 +12,7 @@ def test_zigzag_gives_a_rank_chunks_r_and_its_mirror() -> None:
 
 
 def test_contiguous_gives_a_rank_chunk_r() -> None:
+    assert owned_spans(0, 3, 2, 12, "contiguous").tolist() == [[0, 4], [12, 16]]
     assert owned_spans(1, 3, 2, 12, "contiguous").tolist() == [[4, 8], [16, 20]]
 
 

@@ -1,0 +1,1 @@
+"""Questions about facts planted in long real texts: conversations that teach retrieval, and test it, at every depth."""

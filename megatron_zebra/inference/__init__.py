@@ -1,0 +1,1 @@
+"""Using a model: the KV cache, prefill in chunks, sampling, generation."""

@@ -1,0 +1,138 @@
+"""The KV cache: a local layer keeps the last w keys and the newest, in a ring; a global layer keeps all, in blocks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from megatron_zebra.attention.contract import attention
+from megatron_zebra.attention.segments import Segments
+from megatron_zebra.attention.window import Window
+
+BLOCK = 1024  # tokens by which a global layer's store grows
+
+
+class Ring:
+    """Keys and values of the last ``window`` tokens, and of the newest: ``window + 1`` slots of [2, Hkv, D].
+
+    Token i lies in slot i % (window + 1), so that the newest takes the place of the one that nobody sees any more.
+    """
+
+    def __init__(self, window: int) -> None:
+        self.slots = window + 1
+        self.length = 0  # tokens seen so far
+        self.store: torch.Tensor | None = None
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> torch.Tensor:
+        if self.store is None:
+            self.store = k.new_empty(2, self.slots, *k.shape[1:])
+        new, before = len(k), min(self.length, self.slots - 1)
+        if new == 1:
+            # One query sees all that is kept, in whatever order it lies.
+            self._put(k, v)
+            held = min(self.length, self.slots)
+            keys, values = self.store[:, :held]
+            return _over(q, keys, values, None, backend)
+        if before:
+            earlier = self._last(before)
+            k, v = torch.cat([earlier[0], k]), torch.cat([earlier[1], v])
+        out = _over(q, k, v, self.slots - 1, backend)
+        self._put(k[-new:], v[-new:])
+        return out
+
+    def _put(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Take in new tokens' keys: of more than there are slots, the last ones."""
+        assert self.store is not None
+        end, kept = self.length + len(k), min(len(k), self.slots)
+        first = (end - kept) % self.slots
+        head = min(kept, self.slots - first)
+        for store, new in zip(self.store, (k[-kept:], v[-kept:])):
+            store[first : first + head] = new[:head]
+            store[: kept - head] = new[head:]
+        self.length = end
+
+    def _last(self, count: int) -> torch.Tensor:
+        """The last ``count`` tokens' keys and values in order, [2, count, Hkv, D]."""
+        assert self.store is not None
+        first = (self.length - count) % self.slots
+        head = min(count, self.slots - first)
+        return torch.cat([self.store[:, first : first + head], self.store[:, : count - head]], 1)
+
+
+class Growing:
+    """Keys and values of all tokens, [2, capacity, Hkv, D], the capacity a multiple of BLOCK."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.store: torch.Tensor | None = None
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> torch.Tensor:
+        end = self.length + len(k)
+        store = self._room(end, k)
+        store[0, self.length : end], store[1, self.length : end] = k, v
+        self.length = end
+        return _over(q, store[0, :end], store[1, :end], None, backend)
+
+    def _room(self, needed: int, like: torch.Tensor) -> torch.Tensor:
+        if self.store is None or self.store.shape[1] < needed:
+            grown = like.new_empty(2, -(-needed // BLOCK) * BLOCK, *like.shape[1:])
+            if self.store is not None:
+                grown[:, : self.length] = self.store[:, : self.length]
+            self.store = grown
+        return self.store
+
+
+class Cache:
+    """Keys of a batch of sequences. ``step`` opens one call of the model over new tokens of some of them."""
+
+    def __init__(self, sequences: int) -> None:
+        self.layers: list[dict[int, Ring | Growing]] = [{} for _ in range(sequences)]
+        self.lengths = [0] * sequences
+
+    @property
+    def bytes(self) -> int:
+        """Of all that is kept, room for later tokens included."""
+        stores = [layer.store for kept in self.layers for layer in kept.values()]
+        return sum(store.numel() * store.element_size() for store in stores if store is not None)
+
+    def step(self, new: Mapping[int, int], padding: int = 0) -> "Step":
+        """For ``new[s]`` further tokens of each sequence s, packed in this order, then ``padding`` tokens of none."""
+        return Step(self, dict(new), padding)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one call of the model attends by of the model; every layer attends once."""
+
+    cache: Cache
+    new: dict[int, int]
+    padding: int
+
+    def positions(self) -> torch.Tensor:
+        """[T], on the host."""
+        parts = [torch.arange(self.cache.lengths[s], self.cache.lengths[s] + n) for s, n in self.new.items()]
+        return torch.cat([*parts, torch.zeros(self.padding, dtype=torch.int64)])
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: Window, backend: str
+    ) -> torch.Tensor:
+        sizes = [*self.new.values(), self.padding]
+        parts = zip(self.new, q.split(sizes), k.split(sizes), v.split(sizes))
+        out = [self._layer(s, layer, window).attend(q_s, k_s, v_s, backend) for s, q_s, k_s, v_s in parts]
+        return torch.cat([*out, q.new_zeros(self.padding, *q.shape[1:])])
+
+    def done(self) -> None:
+        """The model has seen the new tokens."""
+        for sequence, count in self.new.items():
+            self.cache.lengths[sequence] += count
+
+    def _layer(self, sequence: int, layer: int, window: Window) -> Ring | Growing:
+        kept = self.cache.layers[sequence]
+        if layer not in kept:
+            kept[layer] = Growing() if window is None else Ring(window)
+        return kept[layer]
+
+
+def _over(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: Window, backend: str) -> torch.Tensor:
+    segments = Segments.from_lengths([len(q)], [len(k)], q.device)
+    return attention(q, k, v, segments, window=window, backend=backend)

@@ -1,0 +1,158 @@
+"""A model to ask: logits, and tokens that go on from prompts."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from megatron_zebra.attention.attending import Attending
+from megatron_zebra.attention.segments import Segments
+from megatron_zebra.errors import UserError
+from megatron_zebra.inference.cache import Cache
+from megatron_zebra.inference.room import check_room
+from megatron_zebra.inference.sample import Sampling, next_tokens
+from megatron_zebra.model.architecture import Architecture
+from megatron_zebra.model.decoder import Decoder
+from megatron_zebra.parallel.group import Group
+from megatron_zebra.parallel.tensor import gather_sequence
+
+PREFILL_CHUNK = 2048
+
+Prompts = torch.Tensor | Sequence[Sequence[int]]
+
+
+class LanguageModel:
+    """A decoder and what it takes to run it without training. Under tensor parallelism all ranks call together."""
+
+    def __init__(self, arch: Architecture, decoder: Decoder, tp: Group | None = None) -> None:
+        self.arch, self.decoder = arch, decoder.eval()
+        self.tp = tp or Group.alone("tp")
+        self.device = next(decoder.parameters()).device
+
+    @torch.no_grad()
+    def logits(self, ids: torch.Tensor | Sequence[Sequence[int]]) -> torch.Tensor:
+        """Of every token, without a cache. ids: [B, T] -> [B, T, V]."""
+        rows = self._checked(ids)
+        if len({len(row) for row in rows}) > 1:
+            raise ValueError("logits() takes prompts of one length")
+        out = []
+        for row in rows:
+            padding = -len(row) % self.tp.size
+            tokens = torch.nn.functional.pad(row.to(self.device), (0, padding))
+            segments = Segments.from_lengths([len(row), padding] if padding else [len(row)], device=self.device)
+            positions = torch.arange(len(tokens), device=self.device)
+            out.append(self._run(tokens, positions, segments, torch.arange(len(row), device=self.device)))
+        return torch.stack(out)
+
+    @torch.no_grad()
+    def prefill(self, cache: Cache, prompts: Sequence[torch.Tensor], chunk: int = PREFILL_CHUNK) -> torch.Tensor:
+        """Take each prompt into ``cache``, ``chunk`` tokens at a time; the logits of each one's last token [B, V]."""
+        last = []
+        for sequence, prompt in enumerate(prompts):
+            for part in prompt.split(chunk):
+                logits = self._extend(cache, {sequence: len(part)}, part)
+            last.append(logits)
+        return torch.cat(last)
+
+    @torch.no_grad()
+    def decode(self, cache: Cache, tokens: torch.Tensor, sequences: Sequence[int]) -> torch.Tensor:
+        """One further token of each of ``sequences``: tokens [n] -> logits [n, V]."""
+        return self._extend(cache, dict.fromkeys(sequences, 1), tokens)
+
+    def generate(
+        self,
+        ids: Prompts,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        *,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop_tokens: Sequence[int] = (),
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> torch.Tensor:
+        """Prompts [B, T] -> [B, T + new]; a row that ended earlier is filled up with its stop token.
+
+        Raises:
+            UserError: a value that is not allowed, a token outside the vocabulary, or a prompt too long for the memory.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        prompts = self._checked(ids)
+        if len({len(prompt) for prompt in prompts}) > 1:
+            raise ValueError("generate() takes prompts of one length; stream() takes any")
+        rows = [prompt.tolist() for prompt in prompts]
+        for step in self.stream(ids, max_new_tokens, sampling, seed, stop_tokens, prefill_chunk):
+            for row, token in zip(rows, step):
+                row.append(row[-1] if token is None else token)
+        return torch.tensor(rows)
+
+    def stream(
+        self,
+        ids: Prompts,
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int = 0,
+        stop_tokens: Sequence[int] = (),
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> Iterator[list[int | None]]:
+        """Yields one new token of each prompt at a time, None for one that has ended (its stop token is its last).
+
+        Closing the iterator ends the generation. Prompts may differ in length.
+        """
+        if problem := sampling.problem():
+            raise UserError(problem)
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens {max_new_tokens}: must be 1 or more")
+        prompts = self._checked(ids)
+        check_room(self.arch, self.decoder, [len(prompt) + max_new_tokens for prompt in prompts], self.tp.size)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        seen = None
+        if sampling.repetition_penalty != 1.0:
+            seen = torch.zeros(len(prompts), self.arch.vocab_size, dtype=torch.bool, device=self.device)
+            for row, prompt in zip(seen, prompts):
+                row[prompt.to(self.device)] = True
+        cache = Cache(len(prompts))
+        alive = list(range(len(prompts)))
+        logits = self.prefill(cache, [prompt.to(self.device) for prompt in prompts], prefill_chunk)
+        for number in range(max_new_tokens):
+            tokens = next_tokens(logits, sampling, None if seen is None else seen[alive], generator)
+            if seen is not None:
+                seen[alive, tokens] = True
+            chosen = dict(zip(alive, tokens.tolist()))
+            yield [chosen.get(sequence) for sequence in range(len(prompts))]
+            going = [i for i, sequence in enumerate(alive) if chosen[sequence] not in stop_tokens]
+            alive = [alive[i] for i in going]
+            if not alive or number + 1 == max_new_tokens:
+                return
+            logits = self.decode(cache, tokens[going], alive)
+
+    def _extend(self, cache: Cache, new: dict[int, int], tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [n, V] of the last new token of each sequence."""
+        step = cache.step(new, padding=-len(tokens) % self.tp.size)
+        ends = torch.tensor(list(new.values())).cumsum(0) - 1
+        tokens = torch.nn.functional.pad(tokens, (0, step.padding))
+        logits = self._run(tokens, step.positions().to(self.device), step, ends.to(self.device))
+        step.done()
+        return logits
+
+    def _run(
+        self, tokens: torch.Tensor, positions: torch.Tensor, keys: Segments | Attending, at: torch.Tensor
+    ) -> torch.Tensor:
+        states = self.decoder.states(tokens, positions, keys)
+        assert self.decoder.head is not None
+        return self.decoder.head.logits(gather_sequence(states, self.tp)[at])
+
+    def _checked(self, ids: Prompts) -> list[torch.Tensor]:
+        """Each prompt [T] on the host."""
+        rows = [torch.as_tensor(row, dtype=torch.int64).cpu() for row in ids]
+        for number, row in enumerate(rows):
+            if not len(row):
+                raise UserError(f"prompt {number}: is empty; at least one token is needed")
+            low, high = row.min().item(), row.max().item()
+            if low < 0 or high >= self.arch.vocab_size:
+                wrong = low if low < 0 else high
+                raise UserError(
+                    f"prompt {number}: token {wrong} is outside the vocabulary 0 .. {self.arch.vocab_size - 1}"
+                )
+        return rows

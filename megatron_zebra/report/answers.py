@@ -1,0 +1,45 @@
+"""Exact answers by length and depth, as a heat map."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from megatron_zebra.report.style import INK, PAPER, figure, look, save
+
+
+def write_answers(results: dict[str, dict[str, Any]], file: Path) -> Path:
+    """``answers_figure`` as a file."""
+    with look():
+        return save(answers_figure(results), file)
+
+
+def answers_figure(results: dict[str, dict[str, Any]]) -> Figure:
+    """A map of each result (``evaluation.answers.tables``), by name, side by side: lengths upwards, depths to the right.
+
+    A cell that nothing was asked of stays empty.
+    """
+    rows = max(len(result["lengths"]) for result in results.values())
+    drawn = figure(1.2 + 5.6 * len(results), 1.6 + 0.55 * rows)
+    all_axes = drawn.subplots(1, len(results), squeeze=False)[0]
+    shown = None
+    for axes, (name, result) in zip(all_axes, results.items()):
+        exact = np.array([[np.nan if cell is None else cell for cell in row] for row in result["exact"]], float)
+        shown = axes.imshow(exact, aspect="auto", origin="lower", cmap="Blues", vmin=0.0, vmax=1.0)
+        whole = result["all"]
+        axes.set_title(f"{name}: {whole['exact']:.0%} of {whole['asked']:,} answers exact")
+        for (row, column), value in np.ndenumerate(exact):
+            if np.isfinite(value):
+                colour = PAPER if value > 0.6 else INK
+                axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=8)
+        axes.grid(False)
+        axes.set_xlabel("depth of the fact in the text")
+        axes.set_ylabel("tokens")
+        edges = result["depth_edges"]
+        axes.set_xticks(np.arange(len(edges)) - 0.5, [f"{edge:g}" for edge in edges])
+        axes.set_yticks(range(len(result["lengths"])), [f"{length:,}" for length in result["lengths"]])
+    if shown is not None:
+        drawn.colorbar(shown, ax=all_axes.tolist(), format=PercentFormatter(1.0))
+    return drawn
