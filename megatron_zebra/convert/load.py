@@ -24,7 +24,7 @@ def load_decoder(
     """The model of ``source`` for inference; its weights are cast to ``dtype``, one tensor at a time."""
     arch, tp = source.architecture, tp or Group.alone("tp")
     sharding = Sharding(tp.size, tp.rank, arch.num_kv_heads, vocab_multiple)
-    init = Initializer(0, 0.02, arch.num_layers, dtype, device, tp, sharding, trained=lambda name: False)
+    init = Initializer(0, 0.02, arch.num_layers, dtype, device, tp, sharding, trained=lambda name: False, blank=True)
     model = Decoder(arch, init, backend=backend)
     param: Any
     for param in model.parameters():

@@ -76,7 +76,7 @@ def open_model(path: Path, collective: Collective | None = None) -> ModelSource:
 
 
 class CheckpointSource:
-    """A training checkpoint, its adapters merged into the weights."""
+    """A training checkpoint, its adapters merged into the weights (which then are read in fp32, whatever is stored)."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.folder = checkpoint, checkpoint.folder
@@ -88,7 +88,7 @@ class CheckpointSource:
         return [name for name in self.checkpoint.names() if not name.endswith(lora.ADAPTERS)]
 
     def dtype(self, name: str) -> str:
-        return "float32" if lora.is_target(name, self.lora) else self.checkpoint.dtype(name)
+        return self.checkpoint.dtype(name)
 
     def read_tensor(
         self,

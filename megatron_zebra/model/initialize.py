@@ -19,7 +19,8 @@ class Initializer:
     Names and shapes are those of the whole parameter; what comes is the part of it that ``sharding`` gives this rank of
     ``tp``. It carries what the optimizer and checkpoints must know: ``full_name``, ``full_shape``, ``box`` (which part),
     and ``tensor_model_parallel`` (whether other ranks hold other parts: DeepSpeed's norm asks for it). ``trained`` says by
-    name which parameters have a gradient; ``lora`` which projections have adapters.
+    name which parameters have a gradient; ``lora`` which projections have adapters. ``blank`` makes zeros of all weights but
+    adapters: they are about to be loaded, and billions of random numbers take minutes.
     """
 
     seed: int
@@ -31,12 +32,15 @@ class Initializer:
     sharding: Sharding = field(default_factory=Sharding)
     trained: Callable[[str], bool] = lambda name: True
     lora: Lora = field(default_factory=Lora)
+    blank: bool = False
 
     def normal(self, name: str, *shape: int, std: float | None = None) -> torch.nn.Parameter:
-        generator = torch.Generator().manual_seed(named_seed(self.seed, name))
         if std is None:
+            if self.blank:
+                return self.zeros(name, *shape)
             into_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = self.std / (2 * self.num_layers) ** 0.5 if into_stream else self.std
+        generator = torch.Generator().manual_seed(named_seed(self.seed, name))
         return self._parameter(name, torch.empty(shape).normal_(0.0, std, generator=generator))
 
     def zeros(self, name: str, *shape: int) -> torch.nn.Parameter:

@@ -85,6 +85,7 @@ def build_model(
         sharding,
         trained=lambda name: is_trained(name, config.training),
         lora=config.training.lora,
+        blank=config.checkpoint.load is not None,
     )
     try:
         return Decoder(

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from megatron_zebra.convert.source import open_model
+from megatron_zebra.convert.to_hf import to_hf
 from megatron_zebra.data.batch import read_step
-from tests.convert.models import make, ours
+from tests.convert.models import again, ids, make, ours, theirs
 from tests.training.cases import opened, small
 from tests.training.runs import contents, curve, metrics, run
 
@@ -107,6 +108,16 @@ def test_the_run_goes_on_when_the_model_is_gone(run_distributed: Any, llama: Pat
         assert kept == ["chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json"]
         for name in kept:
             assert (run_dir / "huggingface" / name).read_bytes() == content[name]
+
+
+def test_adapters_are_merged_in_an_export(run_distributed: Any, llama: Path, tmp_path: Path) -> None:
+    more = {"training__lora__rank": 2, "training__lora__alpha": 100.0, "optimizer__learning_rate": 1e-2}
+    run_distributed(run, 2, tmp_path / "run", settings(llama, **more, training__steps=3, parallel__tp=2), tp=2)
+    to_hf(tmp_path / "run", tmp_path / "out")
+    tokens = ids(40, vocabulary=101)
+    exported, own = theirs(again(tmp_path / "out"), tokens), ours(tmp_path / "run", tokens)
+    torch.testing.assert_close(exported, own, rtol=0, atol=1e-4)
+    assert (own - ours(llama, tokens)).abs().max() > 0.01
 
 
 def test_weights_that_are_not_finite_are_named(run_distributed: Any, tmp_path: Path) -> None:
