@@ -79,6 +79,10 @@ def test_R08_every_layout_loads_every_bit_and_goes_on(
     run_distributed(run, world, resumed, settings(axes, more), **axes)
     records, expected = metrics(resumed), metrics(whole)
     assert [record["consumed_rows"] for record in records] == [record["consumed_rows"] for record in expected]
+    # Each token once, however many ranks share its row.
+    tokens = [record["consumed_rows"] * record["sequence_length"] for record in records]
+    assert [record["consumed_tokens"] for record in records] == tokens
+    assert [record["consumed_tokens"] for record in expected] == tokens
     for got, want in zip(records, expected, strict=True):
         assert got["loss"] == pytest.approx(want["loss"], abs=1e-5)
         assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
