@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 
-from megatron_zebra.checkpoint import open_checkpoint
 from megatron_zebra.convert.from_hf import from_hf
 from megatron_zebra.convert.source import open_model
 from megatron_zebra.convert.to_hf import to_hf
 from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.parallel.process import WorldCollective
 from megatron_zebra.training.build import build_training
-from megatron_zebra.training.state import Progress, restore, save_state
+from megatron_zebra.training.state import Progress, restore_weights, save_state
 from tests.convert.models import again, ids, make, ours, stored, theirs
 from tests.training.cases import small
 from tests.training.runs import run
@@ -27,8 +26,8 @@ def through(grid: Grid, source: Path, target: Path) -> None:
     config = small(**DIVIDED)
     arch = open_model(source).architecture
     optimizer = build_training(config, arch, grid).optimizer
-    restore(open_checkpoint(source), arch, optimizer, ("weight",))
-    save_state(target, Progress(), arch, optimizer, config.checkpoint, WorldCollective(grid))
+    restore_weights(open_model(source), arch, optimizer)
+    save_state(target, Progress(), config, arch, optimizer, WorldCollective(grid))
 
 
 def test_V01_V02_through_tp2_pp2_and_out_bit_for_bit(run_distributed: Any, tmp_path: Path) -> None:
