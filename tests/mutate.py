@@ -397,7 +397,7 @@ MUTATIONS = [
         "megatron_zebra/parallel/zero.py",
         "            persistent[0].partition(persistent)\n",
         "",
-        "tests/training/test_reshape.py tests/training/test_resume.py -k 'every_layout or bit_for_bit'",
+        "tests/parallel/test_optimizer.py -k restored",
     ),
     Mutation(
         "what tp ranks hold alike is written by each",
