@@ -37,14 +37,17 @@ def main(words: list[str]) -> int:
 def _run(config: Config, line: load.CommandLine, world_size: int, rank: int) -> None:
     from megatron_zebra.config.derived import longest_sequence
     from megatron_zebra.model.architecture import resolve
-    from megatron_zebra.training.adopt import notes, teacher_of
     from megatron_zebra.training.inputs import open_inputs
     from megatron_zebra.training.run_folder import locked, run_folder, write_description
 
-    teacher = teacher_of(config)
+    folder = run_folder(config, line.config)
+    teacher, differs = None, []
+    if config.checkpoint.load is not None or config.training.distill.teacher is not None:
+        from megatron_zebra.training.adopt import notes, teacher_of
+
+        teacher, differs = teacher_of(config), notes(config, folder)
     inputs = open_inputs(config)
     arch = resolve(config.model, inputs.vocab_size, longest_sequence(config))
-    folder = run_folder(config, line.config)
     if rank == 0:
         for warning in check.warnings(config):
             print(f"warning: {warning}", file=sys.stderr)
@@ -52,7 +55,7 @@ def _run(config: Config, line: load.CommandLine, world_size: int, rank: int) -> 
         from megatron_zebra.pipeline.split import stages_of
         from megatron_zebra.planning.summary import dry_run_text
 
-        print(dry_run_text(config, arch, world_size, stages_of(config, arch), notes(config, folder), teacher))
+        print(dry_run_text(config, arch, world_size, stages_of(config, arch), differs, teacher))
         return
     # torch and DeepSpeed only from here on: they take seconds to import.
     import contextlib
