@@ -1,7 +1,7 @@
 """Time and memory of converting a model of 7B shape with made-up bf16 weights, both ways, and whether every byte comes back.
 
-python benchmarks/convert.py --folder /tmp/convert       # needs 41 GB there, and removes what it made
-python benchmarks/convert.py --folder /tmp/convert --layers 2
+python benchmarks/convert.py --folder scratch       # needs 41 GB there, and removes what it made
+python benchmarks/convert.py --folder scratch --layers 2
 """
 
 import argparse

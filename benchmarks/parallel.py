@@ -1,7 +1,7 @@
 """Training steps under every small layout, on this machine's CPUs: tokens/s, memory and bytes of a rank; then context
 parallelism at 32k tokens with a window of 512 against all layers full. One thread a process; prints tables.
 
-  python benchmarks/parallel.py                 # both tables; about half an hour on two cores
+  python benchmarks/parallel.py                 # both tables; about twenty minutes on two cores
   python benchmarks/parallel.py --only layouts
   python benchmarks/parallel.py --only context --length 16384
 
@@ -30,9 +30,9 @@ MODEL = {
     "data.sequence_length": 2048,
     "data.synthetic.documents": 2000,
     "data.synthetic.mean_length": 1000,
-    "training.global_batch_size": 8,
+    "training.global_batch_size": 4,
     "training.precision": "fp32",
-    "training.steps": 3,
+    "training.steps": 2,
 }
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
