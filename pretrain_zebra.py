@@ -52,7 +52,7 @@ def _run(config: Config, line: load.CommandLine, world_size: int, rank: int) -> 
         from megatron_zebra.pipeline.split import stages_of
         from megatron_zebra.planning.summary import dry_run_text
 
-        print(dry_run_text(config, arch, world_size, stages_of(config, arch), notes(config), teacher))
+        print(dry_run_text(config, arch, world_size, stages_of(config, arch), notes(config, folder), teacher))
         return
     # torch and DeepSpeed only from here on: they take seconds to import.
     import contextlib

@@ -67,7 +67,12 @@ def parser() -> argparse.ArgumentParser:
     task.add_argument("--checkpoint", required=True, type=Path, metavar="A", help=MODEL)
     task.add_argument("--hf", required=True, type=Path, metavar="B", help="folder that transformers loads")
     task.add_argument("--length", type=int, metavar="S", help="tokens (default: the window and 128 more, at least 256)")
-    task.add_argument("--tolerance", type=float, default=1e-3, help="largest difference of a logit (default: 1e-3)")
+    task.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        help="largest difference of a logit, as a part of the largest logit (default: 1e-4)",
+    )
     task.add_argument("--seed", type=int, default=0, help="of the random tokens (default: 0)")
     task.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     return top

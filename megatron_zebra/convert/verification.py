@@ -17,7 +17,7 @@ LEAST = 256
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found. ``first``: the first position whose logits differ by more than the tolerance."""
+    """What was found. ``first``: the first position whose logits differ by more than ``tolerance`` of the largest logit, ``scale``."""
 
     length: int
     window: int | None
@@ -33,15 +33,13 @@ class Verdict:
 
     def __str__(self) -> str:
         window = f", window of {self.window} + 1 keys" if self.window is not None else ""
-        lines = [
+        found = (
             f"{self.length} random tokens{window}, fp32: the largest difference of a logit is {self.largest:.3g}, at position "
-            f"{self.position} (logits to {self.scale:.3g})"
-        ]
+            f"{self.position}: {self.largest / self.scale:.2g} of the largest logit, {self.scale:.3g}"
+        )
         if self.first is None:
-            lines.append(f"equal to {self.tolerance:g}")
-        else:
-            lines.append(f"NOT equal to {self.tolerance:g}; the first difference is at position {self.first}")
-        return "\n".join(lines)
+            return f"{found}\nequal to {self.tolerance:g} of it"
+        return f"{found}\nNOT equal to {self.tolerance:g} of it; the first position that differs is {self.first}"
 
 
 @torch.no_grad()
@@ -70,7 +68,8 @@ def verify(
     del model
     assert isinstance(ours, torch.Tensor)
     difference = _differences(ours, _theirs(hf, tokens))
-    over = (difference > tolerance) | difference.isnan()
+    scale = max(float(ours.abs().max()), 1e-30)
+    over = ~(difference <= tolerance * scale)  # so that NaN is over it
     worst = int(difference.nan_to_num(float("inf")).argmax())
     return Verdict(
         length=length,
@@ -78,7 +77,7 @@ def verify(
         largest=float(difference[worst]),
         position=worst,
         first=int(over.nonzero()[0]) if over.any() else None,
-        scale=float(ours.abs().max()),
+        scale=scale,
         tolerance=tolerance,
     )
 

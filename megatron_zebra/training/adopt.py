@@ -110,9 +110,12 @@ def merged_rope(given: Rope | None, source: Architecture, kind: Any) -> Rope:
     return Rope(**values)
 
 
-def notes(config: Config) -> list[str]:
-    """What the dry run and a new run's log say of the model that the adopted ``config`` begins from: a line each."""
-    if config.checkpoint.load is None:
+def notes(config: Config, run: Path) -> list[str]:
+    """What the dry run and a new run's log say of the model that the adopted ``config`` begins from: a line each.
+
+    Nothing of a run that has checkpoints of its own.
+    """
+    if config.checkpoint.load is None or _of_run(run) is not None:
         return []
     load = Path(config.checkpoint.load)
     found = changes(config, source := _named("checkpoint.load", load))

@@ -66,4 +66,4 @@ def _begin(
             progress = replace(progress, schedule_start=progress.step)
         return progress, [f"began from {source.folder} at step {progress.step}"]
     restore_weights(source, arch, optimizer)
-    return Progress(), [*source.notes, f"began from the weights of {source.folder}", *described(config)]
+    return Progress(), [*source.notes, f"began from the weights of {source.folder}", *described(config, folder)]

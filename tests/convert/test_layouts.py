@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 
-from megatron_zebra.checkpoint import open_checkpoint
 from megatron_zebra.convert.from_hf import from_hf
 from megatron_zebra.convert.source import open_model
 from megatron_zebra.convert.to_hf import to_hf
 from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.parallel.process import WorldCollective
 from megatron_zebra.training.build import build_training
-from megatron_zebra.training.state import Progress, restore, save_state
+from megatron_zebra.training.state import Progress, restore_weights, save_state
 from tests.convert.models import again, ids, make, ours, stored, theirs
 from tests.training.cases import small
 from tests.training.runs import run
@@ -25,20 +24,23 @@ DIVIDED = {"parallel__tp": 2, "parallel__pp": 2, "parallel__vocab_multiple": 128
 def through(grid: Grid, source: Path, target: Path) -> None:
     """Load the weights as this layout divides them, and save them from there."""
     config = small(**DIVIDED)
-    arch = open_model(source).architecture
+    opened = open_model(source)
+    arch = opened.architecture
     optimizer = build_training(config, arch, grid).optimizer
-    restore(open_checkpoint(source), arch, optimizer, ("weight",))
-    save_state(target, Progress(), arch, optimizer, config.checkpoint, WorldCollective(grid))
+    restore_weights(opened, arch, optimizer)
+    save_state(target, Progress(), config, arch, optimizer, WorldCollective(grid))
 
 
 def test_V01_V02_through_tp2_pp2_and_out_bit_for_bit(run_distributed: Any, tmp_path: Path) -> None:
     make(tmp_path / "hf", "Qwen2", tie_word_embeddings=True, vocab_size=101)
     from_hf(tmp_path / "hf", tmp_path / "checkpoint", layer_group_size=2, window_size=5)
-    run_distributed(through, 4, tmp_path / "checkpoint", tmp_path / "saved", **AXES)
-    to_hf(tmp_path / "saved", tmp_path / "out")
-    before, after = stored(tmp_path / "hf"), stored(tmp_path / "out")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    before = stored(tmp_path / "hf")
+    for origin in ("hf", "checkpoint"):
+        run_distributed(through, 4, tmp_path / origin, tmp_path / f"from-{origin}", **AXES)
+        to_hf(tmp_path / f"from-{origin}", tmp_path / f"out-{origin}")
+        after = stored(tmp_path / f"out-{origin}")
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_V04_a_padded_vocabulary_goes_out_without_its_padding(run_distributed: Any, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_verify_finds_a_window_that_is_off_by_one(
     assert tool(monkeypatch, "verify", "--checkpoint", tmp_path / "hf", "--hf", tmp_path / "hf") == 0
     make(tmp_path / "other", "Mistral", sliding_window=7)
     assert tool(monkeypatch, "verify", "--checkpoint", tmp_path / "hf", "--hf", tmp_path / "other") == 1
-    assert "NOT equal to 0.001; the first difference is at position 7" in capsys.readouterr().out
+    assert "NOT equal to 0.0001 of it; the first position that differs is 7" in capsys.readouterr().out
     too_short = ["--checkpoint", tmp_path / "hf", "--hf", tmp_path / "hf", "--length", 8]
     assert tool(monkeypatch, "verify", *too_short) == 2
     assert "more than 8 tokens are needed" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """What AdamW does to which parameter, alike at every ZeRO stage; and the private names of DeepSpeed that this rests on."""
 
+import math
 import re
 from importlib import metadata
 from pathlib import Path
@@ -55,6 +56,28 @@ def test_weight_decay_reaches_matrices_only(run_distributed: Any, stage: int) ->
     assert len(found) > 20
     for name, value in found.items():
         assert value == ("norm" not in name), name
+
+
+def loss_after_restoring_zeros(grid: Grid, stage: int, precision: str) -> float:
+    """Mean loss with all weights written over by zeros in the middle of training, when some may lie gathered."""
+    config = small(**EVERYTHING, optimizer__zero_stage=stage, training__precision=precision)
+    arch, inputs = opened(config)
+    optimizer = build_optimizer(config, build_model(config, arch, grid.device), grid)
+    batch = read_step(inputs.train, 0, 0, 2, 1, grid.dp_rank, grid.dp_size).micro_batches[0].here(grid.device)
+    optimizer.backward(optimizer.forward(*batch.inputs).sum)
+    optimizer.step(0.01)
+    for part in optimizer.held():
+        part.tensors["weight"].zero_()
+    optimizer.restored(1)
+    with torch.no_grad():
+        return float(optimizer.forward(*batch.inputs).tokens.sum()) / batch.targets
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_restored_weights_are_those_computed_with(run_distributed: Any, stage: int, precision: str) -> None:
+    for loss in run_distributed(loss_after_restoring_zeros, 2, stage, precision):
+        assert loss == pytest.approx(math.log(101), abs=1e-3)
 
 
 def test_the_pinned_deepspeed_has_the_names_we_use() -> None:

@@ -109,6 +109,8 @@ def test_parts_and_precision() -> None:
     assert [part.bytes for part in state_parts(1000, 4, 0, 4)] == [4000, 4000, 8000]
     assert [part.bytes for part in state_parts(1000, 2, 3, 4)] == [2500, 1000, 3000]
     assert state_parts(10, 2, 1, 3)[2].bytes == 40  # a share is rounded up
+    assert [part.bytes for part in state_parts(1000, 2, 1, 4, trained=100)] == [2000, 400, 300]
+    assert [part.bytes for part in state_parts(1000, 2, 3, 4, trained=100)] == [2500, 100, 300]
 
 
 def test_the_whole_is_the_sum_and_zero_saves() -> None:

@@ -1,15 +1,19 @@
 """tools/evaluate.py: the loss that training's validation found, and one line for bad input."""
 
+import itertools
 import json
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from megatron_zebra.data.indexed import IndexedPair
 from megatron_zebra.errors import run_tool
+from tests.convert.models import make
 from tests.training.runs import metrics, run
 from tests.training.test_loop import QUICK, pair
 from tools import evaluate
@@ -109,3 +113,21 @@ def test_sets_of_one_name_are_both_told(trained: Path, tmp_path: Path, capsys: p
     words = ["--sequence-length", "48", "--rows", "2", "--device", "cpu", "--output", str(output)]
     assert tool("perplexity", "--checkpoint", str(trained), "--data", *both, *words) == 0
     assert list(json.loads(output.read_text())["sets"]) == both
+
+
+def test_a_hugging_face_folder_has_the_perplexity_of_transformers(tmp_path: Path) -> None:
+    theirs = make(tmp_path / "hf", "Qwen3", vocab_size=101)
+    data = pair(tmp_path / "a", 1, 5)
+    output = tmp_path / "p.json"
+    words = ["perplexity", "--checkpoint", str(tmp_path / "hf"), "--data", data, "--sequence-length", "4000"]
+    assert tool(*words, "--device", "cpu", "--output", str(output)) == 0
+    found = json.loads(output.read_text())["sets"]["a"]
+    read, total, targets = IndexedPair(data), 0.0, 0
+    starts = [read.document_start(document) for document in range(read.documents)]
+    for start, stop in itertools.pairwise([*starts, read.tokens.size]):
+        ids = torch.from_numpy(read.tokens[start:stop].astype(np.int64))[None]
+        with torch.no_grad():
+            total += theirs(ids, labels=ids).loss.item() * (ids.numel() - 1)
+        targets += ids.numel() - 1
+    assert found["targets"] == targets
+    assert found["loss"] == pytest.approx(total / targets, abs=1e-5)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from megatron_zebra.convert.source import open_model
 from megatron_zebra.convert.to_hf import to_hf
 from megatron_zebra.data.batch import read_step
+from megatron_zebra.training.adopt import adopted, notes
 from tests.convert.models import again, ids, make, ours, theirs
 from tests.training.cases import opened, small
 from tests.training.runs import contents, curve, metrics, run
@@ -94,6 +95,7 @@ def test_the_run_goes_on_when_the_model_is_gone(run_distributed: Any, llama: Pat
     run_distributed(run, 1, whole, more)
     run_distributed(run, 1, halved, more, 4)
     shutil.rmtree(source)
+    assert notes(adopted(small(**more), halved), halved) == []
     (seen,) = run_distributed(run, 1, halved, more)
     assert seen.error is None
     assert curve(halved) == curve(whole)

@@ -104,7 +104,7 @@ def save_wide(grid: Grid, folder: Path, overrides: dict[str, Any]) -> None:
     config = small(**overrides)
     arch, _ = opened(config)
     optimizer = build_training(config, arch, grid).optimizer
-    save_state(folder, Progress(), arch, optimizer, config.checkpoint, WorldCollective(grid))
+    save_state(folder, Progress(), config, arch, optimizer, WorldCollective(grid))
 
 
 def read_wide(grid: Grid, folder: Path, overrides: dict[str, Any]) -> float:
@@ -115,7 +115,7 @@ def read_wide(grid: Grid, folder: Path, overrides: dict[str, Any]) -> float:
     place = newest(folder)
     assert place is not None
     checkpoint = open_checkpoint(place)
-    restore(checkpoint, arch, optimizer, KINDS)
+    restore(checkpoint, config, arch, optimizer)
     return checkpoint.bytes_read / sum(4 * len(KINDS) * part.numel for part in optimizer.held())
 
 
