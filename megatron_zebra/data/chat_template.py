@@ -78,6 +78,14 @@ class ChatTemplate:
             turns.append((int(first), int(last)))
         return Rendered(np.array(encoding.ids, np.int32), mask, turns)
 
+    def prompt(self, messages: Sequence[Message], where: str) -> list[int]:
+        """Tokens of a conversation, and of the header under which the assistant is to speak next."""
+        for number, message in enumerate(messages, 1):
+            if message["role"] != "assistant" and (found := self.special_in(message["content"])):
+                raise UserError(f"{where}, message {number}: its text holds the special token {found!r}")
+        ids: list[int] = self._model.encode(self._render(messages, where, prompt=True)[0], add_special_tokens=False).ids
+        return ids
+
     def special_in(self, text: str) -> str | None:
         """The first special token that a text spells out, which no message may."""
         found = self._special.search(text)

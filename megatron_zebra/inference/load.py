@@ -1,0 +1,61 @@
+"""From a path to a model that answers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_zebra.convert.kept import CONFIG, kept_folder, special_ids
+from megatron_zebra.convert.load import load_decoder
+from megatron_zebra.convert.source import ModelSource, open_model
+from megatron_zebra.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_zebra.errors import UserError
+from megatron_zebra.inference.language_model import LanguageModel
+from megatron_zebra.parallel.group import Group
+from megatron_zebra.parallel.process import pick_device
+
+
+def load(path: str | Path, device: str = "auto", precision: str | None = None) -> LanguageModel:
+    """The model of a training checkpoint, a run folder, a Hugging Face folder or a GGUF file, on one device.
+
+    Args:
+        device: auto, cpu or cuda.
+        precision: fp32 or bf16; None = bf16 on a GPU, fp32 on a CPU.
+    """
+    return language_model(open_model(Path(path)), pick_device(device, 0), precision)
+
+
+def language_model(
+    source: ModelSource, device: torch.device, precision: str | None, tp: Group | None = None
+) -> LanguageModel:
+    """``source`` on ``device``, divided over ``tp``."""
+    precisions = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if precision is not None and precision not in precisions:
+        raise UserError(f"precision {precision}: must be fp32 or bf16")
+    dtype = precisions[precision or ("bf16" if device.type == "cuda" else "fp32")]
+    return LanguageModel(source.architecture, load_decoder(source, device, dtype, tp=tp), tp)
+
+
+def files_of(source: ModelSource) -> Path | None:
+    """The folder with the tokenizer and the special ids that came with a model."""
+    return source.folder if (source.folder / CONFIG).is_file() else kept_folder(source.folder)
+
+
+def tokenizer_of(source: ModelSource, given: Path | None) -> tuple[Tokenizer, Path]:
+    """The tokenizer ``given``, or the one that came with the model; and where it is."""
+    place = given or files_of(source)
+    if place is None:
+        raise UserError(f"--tokenizer: must be given, since none is kept beside {source.folder}")
+    tokenizer = load_tokenizer(place)
+    if tokenizer.vocab_size > source.architecture.vocab_size:
+        raise UserError(
+            f"--tokenizer {place}: has {tokenizer.vocab_size} tokens, the model {source.architecture.vocab_size}; is it the model's?"
+        )
+    return tokenizer, place
+
+
+def stop_ids(source: ModelSource, tokenizer: Tokenizer) -> set[int]:
+    """Tokens that end a text: those that the model's files name, and the tokenizer's end of document."""
+    folder = files_of(source)
+    named: Any = special_ids(folder).get("eos_token_id") if folder is not None else None
+    return {tokenizer.eod_id, *(named if isinstance(named, list) else [] if named is None else [named])}

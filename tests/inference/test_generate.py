@@ -1,0 +1,100 @@
+"""Generation: greedy equals transformers, sampling follows its limits, batches equal single sequences."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.transformers_model import transformers_cwm
+from megatron_zebra.errors import UserError
+from megatron_zebra.inference import room
+from megatron_zebra.inference.language_model import LanguageModel
+from megatron_zebra.inference.sample import Sampling, next_tokens, probabilities
+from tests.model.test_decoder import make
+
+
+def model(**more: Any) -> LanguageModel:
+    return LanguageModel(*make(init_std=0.3, **more))
+
+
+def test_greedy_tokens_equal_transformers_far_beyond_the_window() -> None:
+    arch, decoder = make(init_std=0.3)
+    theirs = transformers_cwm(arch, decoder, "eager").eval()
+    ids = torch.randint(0, 97, (2, 21), generator=torch.Generator().manual_seed(1))
+    want = theirs.generate(ids, max_new_tokens=60, do_sample=False, eos_token_id=None, pad_token_id=0)
+    got = LanguageModel(arch, decoder).generate(ids, max_new_tokens=60, temperature=0, prefill_chunk=8)
+    assert torch.equal(got, want)
+    assert len(set(got[0, 21:].tolist())) > 5  # not one token over and over
+
+
+def test_unequal_prompts_go_on_as_each_alone_and_end_apart() -> None:
+    asked = model()
+    prompts = [[5, 6, 7], list(range(30)), [1]]
+    steps = list(asked.stream(prompts, 12, Sampling(0.0)))
+    together = [[step[i] for step in steps] for i in range(3)]
+    for prompt, got in zip(prompts, together):
+        assert asked.generate([prompt], 12)[0, len(prompt) :].tolist() == got
+    stop = together[1][3]
+    ended = [[step[i] for step in asked.stream(prompts, 12, Sampling(0.0), stop_tokens=[stop])] for i in range(3)]
+    for whole, cut in zip(together, ended):
+        last = whole.index(stop) + 1 if stop in whole else 12
+        assert cut == (whole[:last] + [None] * 12)[: len(cut)]
+
+
+def test_a_seed_repeats_and_another_differs() -> None:
+    asked = model()
+    drawn = [asked.generate([[1, 2, 3]], 20, temperature=1.0, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_limits_leave_the_right_tokens() -> None:
+    scores = torch.tensor([[3.0, 2.0, 1.0, 0.0, -1.0]])
+    full = scores.softmax(-1)
+    assert torch.allclose(probabilities(scores, Sampling()), full)
+    assert probabilities(scores, Sampling(top_k=2))[0].nonzero().flatten().tolist() == [0, 1]
+    # 0.636 + 0.234 < 0.9 <= 0.636 + 0.234 + 0.086
+    assert probabilities(scores, Sampling(top_p=0.9))[0].nonzero().flatten().tolist() == [0, 1, 2]
+    assert probabilities(scores, Sampling(top_p=1e-6))[0].tolist() == [1, 0, 0, 0, 0]
+    assert probabilities(scores, Sampling(min_p=0.3))[0].nonzero().flatten().tolist() == [0, 1]
+    assert torch.allclose(probabilities(scores, Sampling(temperature=2.0)), (scores / 2).softmax(-1))
+    generator = torch.Generator().manual_seed(0)
+    drawn = next_tokens(scores.expand(4000, -1), Sampling(), None, generator)
+    assert torch.allclose(drawn.bincount(minlength=5) / 4000, full[0], atol=0.03)
+
+
+def test_what_was_seen_is_said_less() -> None:
+    scores, seen = torch.tensor([[2.0, 1.9, -1.0]]), torch.tensor([[True, False, True]])
+    assert next_tokens(scores, Sampling(0.0), seen).item() == 0
+    assert next_tokens(scores, Sampling(0.0, repetition_penalty=1.5), seen).item() == 1
+    asked = model()
+    plain, penalized = (asked.generate([[3, 3]], 30, repetition_penalty=penalty)[0] for penalty in (1.0, 5.0))
+    assert len(set(penalized.tolist())) > len(set(plain.tolist()))
+
+
+@pytest.mark.parametrize(
+    ("ids", "more", "line"),
+    [
+        ([[]], {}, "prompt 0: is empty"),
+        ([[1, 97]], {}, "prompt 0: token 97 is outside the vocabulary 0 .. 96"),
+        ([[-1]], {}, "prompt 0: token -1 is outside"),
+        ([[1]], {"temperature": -1.0}, "temperature -1.0: must be 0 (greedy) or more"),
+        ([[1]], {"top_k": 0}, "top_k 0: must be 1 or more"),
+        ([[1]], {"top_p": 1.5}, "top_p 1.5: must be above 0 and at most 1"),
+        ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty 0.0: must be above 0"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens 0: must be 1 or more"),
+    ],
+)
+def test_bad_input_is_one_line(ids: Any, more: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError) as error:
+        model().generate(ids, **({"max_new_tokens": 2} | more))
+    assert str(error.value).startswith(line)
+
+
+def test_a_prompt_beyond_the_memory_is_told_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = model(layer_kinds=["global", "local", "local", "local", "global"])
+    per_token = 2 * 2 * 16 * 4
+    monkeypatch.setattr(room, "free_bytes", lambda device: int((2 * 3 * 1024 + 3 * 8) * per_token / room.SHARE) + 9)
+    assert asked.generate([[1] * 3000], 72).shape == (1, 3072)
+    with pytest.raises(UserError, match=r"1 sequence of up to 3,073 tokens: .*; 3,072 tokens each would fit"):
+        asked.generate([[1] * 3000], 73)
