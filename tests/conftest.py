@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as pretrain_zebra.py does: no C++ frames where a rank ends
 
 import pytest
 
