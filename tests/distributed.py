@@ -1,7 +1,7 @@
 """Run a function on several processes: ``run_distributed(fn, world_size, *args, tp=, cp=, pp=)`` gives the results of all ranks.
 
-The processes are started once for the whole test session (importing torch and DeepSpeed takes seconds) and join a new
-process group for each call. ``fn`` is a module-level function whose first argument is the Grid. Each world size has
+The processes are forked from one that has imported torch and DeepSpeed (which takes seconds), serve some calls, and join a
+new process group for each. ``fn`` is a module-level function whose first argument is the Grid. Each world size has
 processes of its own: DeepSpeed counts modules in a process-wide counter, and its ZeRO-3 compares the counts of ranks.
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 TIMEOUT = 150.0
+CALLS = 10  # of a group of processes: DeepSpeed keeps what it was once given, and with it threads and connections of each call
 
 
 class Pool:
@@ -26,6 +27,7 @@ class Pool:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["tests.preload"])
         self.workers: dict[int, list[Any]] = {}
+        self.calls: dict[int, int] = {}
 
     def run(self, fn: Callable[..., Any], world_size: int, *args: Any, **axes: int) -> list[Any]:
         """Results of ``fn(grid, *args)`` by rank, the grid of ``axes`` (tp, cp, pp); an AssertionError with the traceback of the first rank that failed."""
@@ -47,6 +49,9 @@ class Pool:
         if waiting or failures:
             self.stop(world_size)
             raise AssertionError("\n".join([*failures, f"no result from ranks {sorted(waiting)}"]))
+        self.calls[world_size] += 1
+        if self.calls[world_size] == CALLS:
+            self.stop(world_size)
         return results
 
     def stop(self, *sizes: int) -> None:
@@ -58,7 +63,7 @@ class Pool:
 
     def _started(self, count: int) -> list[Any]:
         if count not in self.workers:
-            self.workers[count] = []
+            self.workers[count], self.calls[count] = [], 0
             for _ in range(count):
                 jobs, results = self.context.Queue(), self.context.Queue()
                 process = self.context.Process(target=_work, args=(jobs, results), daemon=True)
