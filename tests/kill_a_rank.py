@@ -50,7 +50,8 @@ def kill_and_go_on(
     assert "/megatron_zebra/" not in text, text[-3000:]  # no traceback of ours (torchrun prints one of its own)
     step = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     more = Run([*words(after, step + 2), "--logging.run_dir", str(run_dir)], fewer, folder, torchrun=torchrun)
-    assert [end.code for end in more.wait(300)] == [0] * len(more.processes)
+    ends = more.wait(300)
+    assert [end.code for end in ends] == [0] * len(ends), "\n".join(end.stderr for end in ends)[-3000:]
     steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, step + 3))
     return f"{max(end.seconds for end in ends):5.1f} s  at step {step}  {told[0]}"
