@@ -567,6 +567,41 @@ MUTATIONS = [
         'asked.get("scaling", theirs.scaling) is None',
         "tests/training/test_adopt.py",
     ),
+    Mutation(
+        "a local layer's cache keeps one key less",
+        "megatron_zebra/inference/cache.py",
+        "self.slots = window + 1",
+        "self.slots = window",
+        "tests/inference/test_cache.py -k chunking",
+    ),
+    Mutation(
+        "a chunk of a prompt sees one kept key less",
+        "megatron_zebra/inference/cache.py",
+        "min(self.length, self.slots - 1)",
+        "min(self.length, self.slots - 2)",
+        "tests/inference/test_cache.py -k chunking",
+    ),
+    Mutation(
+        "a generated token has the position of the one before",
+        "megatron_zebra/inference/cache.py",
+        "self.cache.lengths[sequence] += count",
+        "self.cache.lengths[sequence] += count - 1",
+        "tests/inference/test_cache.py -k chunking",
+    ),
+    Mutation(
+        "padding for tp is generated from",
+        "megatron_zebra/inference/language_model.py",
+        "ends = torch.tensor(list(new.values())).cumsum(0) - 1",
+        "ends = torch.tensor(list(new.values())).cumsum(0) - 1 + step.padding",
+        "tests/inference/test_tensor_parallel.py -k 2",
+    ),
+    Mutation(
+        "attention beyond a window counts the window's last key",
+        "megatron_zebra/evaluation/attention_mass.py",
+        "last = i - window - 1",
+        "last = i - window",
+        "tests/evaluation/test_attention_mass.py -k dense",
+    ),
 ]
 
 

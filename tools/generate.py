@@ -53,9 +53,15 @@ def main() -> None:
 
     from megatron_zebra.convert.source import open_model
     from megatron_zebra.inference.load import language_model, tokenizer_of
+    from megatron_zebra.inference.sample import Sampling
     from megatron_zebra.launched import launched
     from megatron_zebra.parallel.process import world
 
+    limits = {name: getattr(arguments, name) for name in ("top_k", "top_p", "min_p", "repetition_penalty")}
+    sampling = Sampling(arguments.temperature, **limits)
+    if problem := sampling.problem():
+        name, _, rest = problem.partition(" ")
+        raise UserError(f"--{name.replace('_', '-')} {rest}")
     size = launched().world_size
     with world(arguments.device, 600.0, tp=size) as grid:
         source = open_model(arguments.checkpoint)
@@ -63,7 +69,9 @@ def main() -> None:
         if heads % size or (kv % size and size % kv):
             raise UserError(f"{size} processes: must divide the model's {heads} heads and {kv} KV heads")
         tokenizer, place = tokenizer_of(source, arguments.tokenizer)
-        asked = _Asked(arguments, source, language_model(source, grid.device, arguments.precision, grid.tp), tokenizer)
+        asked = _Asked(
+            arguments, source, language_model(source, grid.device, arguments.precision, grid.tp), tokenizer, sampling
+        )
         if arguments.chat:
             if size > 1:
                 raise UserError("--chat: runs in one process; give --prompt under torchrun")
@@ -75,14 +83,11 @@ def main() -> None:
 class _Asked:
     """The model, its tokenizer, and how it is asked."""
 
-    def __init__(self, arguments: argparse.Namespace, source: Any, model: Any, tokenizer: Any) -> None:
+    def __init__(self, arguments: argparse.Namespace, source: Any, model: Any, tokenizer: Any, sampling: Any) -> None:
         from megatron_zebra.inference.load import stop_ids
-        from megatron_zebra.inference.sample import Sampling
 
-        self.arguments, self.model, self.tokenizer = arguments, model, tokenizer
+        self.arguments, self.model, self.tokenizer, self.sampling = arguments, model, tokenizer, sampling
         self.stop_ids = stop_ids(source, tokenizer)
-        limits = (getattr(arguments, name) for name in ("top_k", "top_p", "min_p", "repetition_penalty"))
-        self.sampling = Sampling(arguments.temperature, *limits)
 
     def stream(self, prompts: list[list[int]]) -> Iterator[tuple[int, str]]:
         """(number of the prompt, text that goes on from it), as it comes."""

@@ -49,9 +49,14 @@ def kept_folder(checkpoint: Path) -> Path | None:
     return next((folder for folder in (checkpoint / KEPT, run / KEPT) if folder.is_dir()), None)
 
 
+def origin_of(model: Path) -> Path | None:
+    """The folder with the files beside a model's weights: a Hugging Face folder itself, or what a checkpoint keeps of one."""
+    return model if (model / CONFIG).is_file() else kept_folder(model)
+
+
 def keep(source: Path, run: Path) -> list[str]:
     """Copy into a run's folder what is kept of the model that it begins from; return what was copied."""
-    origin = source if (source / CONFIG).is_file() else kept_folder(source)
+    origin = origin_of(source)
     return copy_files(origin, run / KEPT, (CONFIG, GENERATION, *TOKENIZER, *TERMS)) if origin is not None else []
 
 

@@ -9,7 +9,7 @@ from megatron_zebra.convert.hosts import choose, config_for
 from megatron_zebra.convert.output import new_folder
 from megatron_zebra.convert.safetensors import INDEX
 from megatron_zebra.convert.shards import plan, split, write_shard
-from megatron_zebra.convert.source import ModelSource, open_model
+from megatron_zebra.convert.source import open_model
 from megatron_zebra.convert.words import Words, find_words
 from megatron_zebra.data.progress import Progress
 from megatron_zebra.errors import UserError
@@ -45,7 +45,7 @@ def to_hf(
     longest = max_length or arch.max_length
     if longest is None:
         raise UserError(f"{path}: does not say how long its sequences may be; give --max-length")
-    origin = _origin(source)
+    origin = kept.origin_of(source.folder)
     words = find_words(tokenizer, origin, arch.vocab_size)
     ids, notes = _ids(origin, words, host)
     planned = plan(source, host, dtype)
@@ -70,13 +70,6 @@ def to_hf(
             places = {tensor.name: name for name, tensors in shards.items() for tensor in tensors}
             kept.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
     return source.notes + notes
-
-
-def _origin(source: ModelSource) -> Path | None:
-    """The folder with what is known beside the weights."""
-    if (source.folder / kept.CONFIG).is_file():
-        return source.folder
-    return kept.kept_folder(source.folder)
 
 
 def _ids(origin: Path | None, words: Words | None, host: str) -> tuple[dict[str, Any], list[str]]:

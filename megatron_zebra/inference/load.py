@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from megatron_zebra.convert.kept import CONFIG, kept_folder, special_ids
+from megatron_zebra.convert.kept import origin_of, special_ids
 from megatron_zebra.convert.load import load_decoder
 from megatron_zebra.convert.source import ModelSource, open_model
 from megatron_zebra.data.tokenizer import Tokenizer, load_tokenizer
@@ -36,17 +36,15 @@ def language_model(
     return LanguageModel(source.architecture, load_decoder(source, device, dtype, tp=tp), tp)
 
 
-def files_of(source: ModelSource) -> Path | None:
-    """The folder with the tokenizer and the special ids that came with a model."""
-    return source.folder if (source.folder / CONFIG).is_file() else kept_folder(source.folder)
-
-
 def tokenizer_of(source: ModelSource, given: Path | None) -> tuple[Tokenizer, Path]:
     """The tokenizer ``given``, or the one that came with the model; and where it is."""
-    place = given or files_of(source)
-    if place is None:
-        raise UserError(f"--tokenizer: must be given, since none is kept beside {source.folder}")
-    tokenizer = load_tokenizer(place)
+    place = given or origin_of(source.folder) or source.folder
+    try:
+        tokenizer = load_tokenizer(place)
+    except UserError as error:
+        raise (
+            error if given else UserError(f"--tokenizer: must be given, since none is beside the model ({error})")
+        ) from None
     if tokenizer.vocab_size > source.architecture.vocab_size:
         raise UserError(
             f"--tokenizer {place}: has {tokenizer.vocab_size} tokens, the model {source.architecture.vocab_size}; is it the model's?"
@@ -56,6 +54,6 @@ def tokenizer_of(source: ModelSource, given: Path | None) -> tuple[Tokenizer, Pa
 
 def stop_ids(source: ModelSource, tokenizer: Tokenizer) -> set[int]:
     """Tokens that end a text: those that the model's files name, and the tokenizer's end of document."""
-    folder = files_of(source)
+    folder = origin_of(source.folder)
     named: Any = special_ids(folder).get("eos_token_id") if folder is not None else None
     return {tokenizer.eod_id, *(named if isinstance(named, list) else [] if named is None else [named])}

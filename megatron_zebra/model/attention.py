@@ -17,7 +17,8 @@ from megatron_zebra.parallel.tensor import gather_sequence, scatter_sum
 class Attention(nn.Module):
     """Causal attention of layer ``layer`` over x [T / tp, hidden_size], documents apart by ``segments``.
 
-    Each tensor-parallel rank computes its own heads over all T tokens.
+    Each tensor-parallel rank computes its own ``heads`` over all T tokens; ``project`` brings them together. The two are
+    apart because the first may be computed again in backward.
     """
 
     def __init__(self, name: str, arch: Architecture, layer: int, init: Initializer, backend: str) -> None:
@@ -32,11 +33,6 @@ class Attention(nn.Module):
         self.o_proj = Linear(f"{name}.o_proj", heads * dim, hidden, init)
         self.q_norm = RMSNorm(f"{name}.q_norm", dim, arch.norm_eps, init) if arch.qk_norm else None
         self.k_norm = RMSNorm(f"{name}.k_norm", dim, arch.norm_eps, init) if arch.qk_norm else None
-
-    def forward(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], segments: Segments | ContextShard | Attending
-    ) -> torch.Tensor:
-        return self.project(self.heads(x, rope, segments))
 
     def heads(
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], segments: Segments | ContextShard | Attending

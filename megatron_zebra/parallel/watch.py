@@ -21,26 +21,24 @@ a word, it is put off for three beats, in case there is a verdict.
 """
 
 import contextlib
-import json
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from types import FrameType
 
 import torch.distributed as dist
 
 from megatron_zebra.errors import RankLost, UserError, tell
 from megatron_zebra.parallel import whereabouts
+from megatron_zebra.parallel.process_name import host_of, is_gone, this_process
+from megatron_zebra.parallel.verdict import Verdict, publish, published
 
 _KEYS = "megatron_zebra/watch"
-_VERDICT, _NO_VERDICT = f"{_KEYS}/verdict", "none"
 _SPEAKERS = 8  # ranks that say a verdict on stderr; every rank writes it to its log
 _BROKEN = ("gloo", "NCCL", "Connection closed", "Connection reset")  # in torch's RuntimeErrors of a broken collective
 
@@ -56,15 +54,6 @@ class Pace:
     def grace(self) -> float:
         """Seconds for a thing that needs the others to have beaten once: they read a verdict, or publish it."""
         return 3 * self.beat
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Why the run ends: ``text`` about ``rank`` (None: about no rank). An empty text was told already."""
-
-    rank: int | None
-    text: str
-    code: int
 
 
 @contextlib.contextmanager
@@ -130,7 +119,7 @@ class Watch:
         self._rounds = 0
         self._neighbour = _Neighbour((rank + 1) % size)
         self._threads: list[threading.Thread] = []
-        self._process = _this_process()
+        self._process = this_process()
 
     def start(self) -> None:
         """Begin to beat; nothing to do in a world of one."""
@@ -150,7 +139,7 @@ class Watch:
         if self.size == 1:
             return True
         try:
-            winner = _publish(self._store, verdict)
+            winner = publish(self._store, verdict)
         except dist.DistError:
             return True
         self._decide(winner)
@@ -227,10 +216,9 @@ class Watch:
             while not self._decided.is_set():
                 self._rounds += 1
                 store.set(f"{_KEYS}/beat/{self.rank}", str(self._rounds))
-                word = store.compare_set(_VERDICT, "", _NO_VERDICT)
-                verdict = None if word == _NO_VERDICT.encode() else _read(word)
+                verdict = published(store)
                 if verdict is None and (found := self._look(store)):
-                    verdict = _publish(store, found)
+                    verdict = publish(store, found)
                 if verdict is not None:
                     self._speaks = store.add(f"{_KEYS}/speakers", 1) <= _SPEAKERS
                     self._decide(verdict)
@@ -245,7 +233,7 @@ class Watch:
         other = self._neighbour
         if other.rank == self.rank:
             return None  # all others have left
-        gone = other.process is not None and _is_gone(
+        gone = other.process is not None and is_gone(
             other.process, self._process
         )  # asked before its last words are read
         if not store.check([f"{_KEYS}/beat/{other.rank}"]):
@@ -262,7 +250,7 @@ class Watch:
             return None
         if gone or other.silent * self.pace.beat >= self.pace.silence:
             how = "has died" if gone else f"has died or cannot be reached (silent for {self.pace.silence:g} s)"
-            return Verdict(other.rank, f"{self.name(other.rank)} on {_host(other.process)} {how}", 1)
+            return Verdict(other.rank, f"{self.name(other.rank)} on {host_of(other.process)} {how}", 1)
         return None
 
     def _store_lost(self, how: str, problem: object = "") -> Verdict:
@@ -324,16 +312,6 @@ class _Neighbour:
     process: str | None = None
 
 
-def _publish(store: dist.Store, verdict: Verdict) -> Verdict:
-    """Make ``verdict`` the one that counts, if there is none yet; returns the one that counts."""
-    store.compare_set(_VERDICT, "", _NO_VERDICT)
-    return _read(store.compare_set(_VERDICT, _NO_VERDICT, json.dumps(asdict(verdict))))
-
-
-def _read(word: bytes) -> Verdict:
-    return Verdict(**json.loads(word))
-
-
 def _is_broken(error: BaseException) -> bool:
     """Whether ``error``, or what led to it, says that a collective or the store broke."""
     seen: list[BaseException] = []
@@ -352,32 +330,3 @@ def _short(error: BaseException) -> str:
     """The kind of ``error`` and its first line that says something; torch's go on with C++ frames."""
     first = next(filter(None, map(str.strip, str(error).splitlines())), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
-
-
-def _this_process() -> str:
-    """Names this process on its machine: host, boot, process namespace, process, its start."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.readlink("/proc/self/ns/pid")
-        return " ".join([socket.gethostname(), boot, namespace, str(os.getpid()), _start_of(os.getpid()) or "-"])
-    except OSError:  # not Linux: silence alone tells
-        return f"{socket.gethostname()} - - {os.getpid()} -"
-
-
-def _host(process: str | None) -> str:
-    return process.split()[0] if process else "its host"
-
-
-def _is_gone(process: str, this_process: str) -> bool:
-    """Whether ``process`` ran on this machine and does so no more. False for processes of other machines."""
-    *machine, pid, start = process.split()
-    return start != "-" and machine == this_process.split()[:-2] and _start_of(int(pid)) != start
-
-
-def _start_of(pid: int) -> str | None:
-    """When the process started, in ticks since boot; None if it runs no more."""
-    try:
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else rest[18]

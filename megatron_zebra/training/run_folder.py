@@ -43,8 +43,11 @@ def locked(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"logging.run_dir = {folder}: another run is writing there; stop it or give another folder"
             ) from None
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:
+            print(
+                f"warning: {folder}: no locks there ({error.strerror}); a second run in this folder would not be noticed",
+                file=sys.stderr,
+            )
         yield
 
 

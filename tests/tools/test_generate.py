@@ -1,0 +1,121 @@
+"""tools/generate.py: what it prints is what the model says; one line for bad input."""
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import megatron_zebra
+from megatron_zebra.data.chat_template import ChatTemplate
+from megatron_zebra.data.tokenizer import load_tokenizer
+from megatron_zebra.errors import run_tool
+from tests.convert.models import make
+from tests.data.chatting import chat_tokenizer
+from tools import generate
+
+PROMPT = "It rained for a while."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder: a random model, and a tokenizer with a chat template."""
+    folder = tmp_path_factory.mktemp("model")
+    chat_tokenizer(folder)
+    size = load_tokenizer(folder).vocab_size
+    make(folder, "Cwm", vocab_size=size, sliding_window=8, max_position_embeddings=256, eos_token_id=None)
+    return folder
+
+
+def said(monkeypatch: pytest.MonkeyPatch, capsys: Any, *words: object, typed: str = "") -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the tool."""
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, words)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    code = 0
+    try:
+        run_tool(generate.main)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def expected(folder: Path, ids: list[int], count: int) -> str:
+    """The text of ``count`` greedy tokens, up to the end of document."""
+    tokenizer = load_tokenizer(folder)
+    new = megatron_zebra.load(folder, "cpu").generate([ids], count)[0, len(ids) :].tolist()
+    return tokenizer.decode(new[: new.index(tokenizer.eod_id)] if tokenizer.eod_id in new else new)
+
+
+def test_the_text_goes_on_as_the_model_does_and_ends_at_a_stop_string(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    whole = expected(folder, load_tokenizer(folder).encode(PROMPT), 24)
+    words = ["--checkpoint", folder, "--prompt", PROMPT, "--max-new-tokens", 24, "--device", "cpu"]
+    assert said(monkeypatch, capsys, *words, "--prefill-chunk", 3) == (0, f"{PROMPT}{whole}\n", "")
+    stop = whole[5:7]
+    cut = whole[: whole.index(stop)]
+    assert said(monkeypatch, capsys, *words, "--stop", "never met", "--stop", stop)[1] == f"{PROMPT}{cut}\n"
+
+
+def test_several_prompts_are_each_told_whole(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    prompts = [PROMPT, "A"]
+    words = [word for prompt in prompts for word in ("--prompt", prompt)]
+    code, out, _ = said(monkeypatch, capsys, "--checkpoint", folder, *words, "--max-new-tokens", 9, "--device", "cpu")
+    assert code == 0
+    for number, prompt in enumerate(prompts):
+        more = expected(folder, load_tokenizer(folder).encode(prompt), 9)
+        assert f"== {number}\n{prompt}{more}\n" in out
+
+
+def test_a_talk_remembers_what_was_said(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    asked: list[list[dict[str, str]]] = []
+    real = ChatTemplate.prompt
+
+    def prompt(self: ChatTemplate, messages: Any, where: str) -> list[int]:
+        asked.append([dict(message) for message in messages])
+        return real(self, messages, where)
+
+    monkeypatch.setattr(ChatTemplate, "prompt", prompt)
+    words = ["--checkpoint", folder, "--chat", "--system", "Be brief.", "--max-new-tokens", 5, "--device", "cpu"]
+    code, out, _ = said(monkeypatch, capsys, *words, typed="Hello.\nAnd you?\n\n")
+    assert code == 0
+    first = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello."}]
+    answer = expected(folder, real(ChatTemplate(folder), first, ""), 5)
+    assert asked == [
+        first,
+        [*first, {"role": "assistant", "content": answer}, {"role": "user", "content": "And you?"}],
+    ]
+    assert out.startswith(f"{answer}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--prompt", ""], "--prompt '': is empty"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0: must be 1 or more"),
+        (["--prompt", "a", "--stop", ""], "--stop: must not be empty"),
+        (["--prompt", "a", "--top-p", "2"], "--top-p 2.0: must be above 0 and at most 1"),
+        (["--prompt-file", "none.txt"], "--prompt-file none.txt: cannot be read"),
+        (["--prompt", "a", "--tokenizer", "none"], "none: no such file"),
+    ],
+)
+def test_bad_input_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, words: list[str], line: str
+) -> None:
+    code, out, err = said(monkeypatch, capsys, "--checkpoint", folder, "--device", "cpu", *words)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {line}")
+    assert len(err.splitlines()) == 1
+
+
+def test_a_checkpoint_without_a_tokenizer_asks_for_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    make(tmp_path / "bare", "Llama")
+    capsys.readouterr()
+    code, _, err = said(monkeypatch, capsys, "--checkpoint", tmp_path / "bare", "--prompt", "a", "--device", "cpu")
+    assert code == 2
+    assert err.startswith("error: --tokenizer: must be given, since none is beside the model")
+    assert len(err.splitlines()) == 1
