@@ -70,7 +70,7 @@ def test_bad_input_is_one_line(trained: Path, tmp_path: Path, capsys: pytest.Cap
         (["--checkpoint", str(tmp_path / "no"), *data], "no such file or folder"),
         (["--checkpoint", str(tmp_path / "empty"), *data], "holds no model"),
         (["--checkpoint", str(trained), "--data", str(tmp_path / "no")], "no.idx"),
-        (["--checkpoint", str(trained), *data, "--rows", "0"], "--rows 0: must be 1 or more"),
+        (["--checkpoint", str(trained), *data, "--rows", "0"], "--rows: must be a whole number from 1 on, not 0"),
         (["--checkpoint", str(trained), *data, "--output", str(tmp_path / "file" / "x")], "cannot be written"),
         (
             ["--checkpoint", str(trained), *data, "--output", str(tmp_path / "empty")],

@@ -1,0 +1,83 @@
+"""What tasks share: the options that name a model and a result, and the result's file."""
+
+import argparse
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_zebra.data.arguments import output_name
+from megatron_zebra.errors import UserError
+
+
+def add_model(task: argparse.ArgumentParser) -> None:
+    """--checkpoint, --precision, --device."""
+    task.add_argument(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="MODEL",
+        help="a checkpoint, a run folder (its newest good one), a Hugging Face folder, a GGUF file",
+    )
+    task.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the weights (default: fp32)")
+    task.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+
+
+def add_output(task: argparse.ArgumentParser, name: str, more: str = "") -> None:
+    """--output, by default ``name`` in the run's folder."""
+    told = f"JSON file{more} (default: evaluation/{name} in the run folder)"
+    task.add_argument("--output", type=output_name, metavar="FILE", help=told)
+
+
+def count(text: str) -> int:
+    """An option's value that is a number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text}")
+    return int(text)
+
+
+def run_of(folder: Path) -> Path:
+    """The run that a checkpoint belongs to; any other model's own folder."""
+    if folder.parent.name == "checkpoints":
+        return folder.parent.parent
+    return folder if folder.is_dir() else folder.parent
+
+
+def output_of(arguments: argparse.Namespace, folder: Path, name: str) -> Path:
+    """Where the result of judging the model of ``folder`` goes."""
+    output: Path = arguments.output or run_of(folder) / "evaluation" / name
+    return output
+
+
+def make_room(output: Path) -> None:
+    """Find out before the work that its result could not be written."""
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.access(output.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def write_result(document: dict[str, Any], output: Path) -> None:
+    """As JSON; a reader never sees half of it."""
+    temporary = output.with_name(output.name + ".tmp")
+    with writing(output):
+        try:
+            temporary.write_text(json.dumps(document, indent=2) + "\n")
+            os.replace(temporary, output)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Turn the system's complaint about --output into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
