@@ -4,6 +4,8 @@
   python tools/evaluate.py perplexity --checkpoint runs/quickstart --data data/valid
   torchrun --nproc-per-node 2 tools/evaluate.py perplexity --checkpoint runs/x --data a b --sequence-length 32768
   python tools/evaluate.py answers --checkpoint runs/tuned --data data/qa-valid.jsonl --tokenizer smollm2/
+
+Under torchrun the processes share the work out.
 """
 
 import argparse

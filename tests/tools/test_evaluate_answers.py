@@ -67,7 +67,10 @@ def test_bad_input_is_one_line(tuned: Path, tmp_path: Path, capsys: pytest.Captu
         (words(tuned, tmp_path / "a.json", "no.jsonl"), "no.jsonl: no such file"),
         (words(tuned, tmp_path / "a.json", "bad.jsonl"), "bad.jsonl, line 2: no turn of the assistant"),
         (words(tuned, tmp_path / "a.json", "none.jsonl"), "none.jsonl: holds no conversation"),
-        ([*words(tuned, tmp_path / "a.json"), "--depth-bins", "0"], "--depth-bins: must be a whole number from 1 on, not 0"),
+        (
+            [*words(tuned, tmp_path / "a.json"), "--depth-bins", "0"],
+            "--depth-bins: must be a whole number from 1 on, not 0",
+        ),
         ([*words(tuned, tmp_path / "a.json"), "--chat-template", str(tmp_path / "t")], "--chat-template"),
     ):
         assert tool(*given) == 2
