@@ -32,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
     tasks = top.add_subparsers(dest="task", required=True)
     for name, told in TASKS.items():
         module = task_module(name)
-        module.arguments(tasks.add_parser(name, help=told, description=module.__doc__))
+        task = tasks.add_parser(name, help=told, description=module.__doc__, formatter_class=top.formatter_class)
+        module.arguments(task)
     return top
 
 
