@@ -6,8 +6,7 @@ and joined: so the length is exact, and the text of an indexed pair is taken as 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from os.path import commonprefix
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -58,7 +57,9 @@ def make_example(
     Raises:
         UserError: the length is too short for the task, or the text for the length.
     """
-    generator = np.random.Generator(np.random.PCG64(derive_key("retrieval", seed, task, length, stratum, strata, number)))
+    generator = np.random.Generator(
+        np.random.PCG64(derive_key("retrieval", seed, task, length, stratum, strata, number))
+    )
     drawn = haystack.draw(generator, length)
     text = tokenizer.decode(drawn.tokens.tolist())
     case = TASKS[task](Draw(generator, text, stratum, strata, counts))
@@ -73,7 +74,9 @@ def _join(task: str, case: Case, length: int, strata: int, drawn: Haystack, enco
     planted = [(depth, divide(encode, [f" {text}"])[0]) for depth, text in case.planted]
     room = length - sum(map(len, [head, tail, *answers, *(ids for _, ids in planted)]))
     if room < 1:
-        raise UserError(f"--lengths {length}: too short for the task {task}, which takes {length - room} tokens beside the text")
+        raise UserError(
+            f"--lengths {length}: too short for the task {task}, which takes {length - room} tokens beside the text"
+        )
     if room > drawn.tokens.size:
         raise UserError(
             f"--text: has {drawn.tokens.size} tokens, but --lengths {length} takes {room} of it; give more text, shorter "
@@ -87,20 +90,7 @@ def _join(task: str, case: Case, length: int, strata: int, drawn: Haystack, enco
     bounds = list(accumulate(map(len, answers), initial=len(tokens)))
     tokens += [token for ids in answers for token in ids]
     depths: list[float | None] = [depth for depth, _ in case.answers]
-    return Example(np.array(tokens, np.int32), list(zip(bounds, bounds[1:])), length, depths, [None] * len(answers))
-
-
-def make_examples(
-    task: str, lengths: Sequence[int], strata: int, examples: int, make: Callable[..., Example]
-) -> list[Example]:
-    """All of a task: ``examples`` of each of ``strata`` depths (one for tasks without a depth) of each length."""
-    strata = strata_of(task, strata)
-    return [
-        make(task, number, length, stratum, strata)
-        for length in lengths
-        for stratum in range(strata)
-        for number in range(examples)
-    ]
+    return Example(np.array(tokens, np.int32), list(pairwise(bounds)), length, depths, [None] * len(answers))
 
 
 def strata_of(task: str, strata: int) -> int:
@@ -112,5 +102,10 @@ def divide(encode: Encode, parts: Sequence[str]) -> list[list[int]]:
     differs from the parts before alone."""
     texts = list(accumulate([_BEFORE, *parts]))
     whole = encode(texts[-1])
-    cuts = [len(commonprefix([encode(text), whole])) for text in texts[:-1]] + [len(whole)]
-    return [whole[start:stop] for start, stop in zip(cuts, cuts[1:])]
+    shared = [_shared(encode(text), whole) for text in texts[:-1]]
+    return [whole[start:stop] for start, stop in pairwise([*accumulate(shared, max), len(whole)])]
+
+
+def _shared(some: Sequence[int], others: Sequence[int]) -> int:
+    """How many ids are the same from the first on."""
+    return next((n for n, (a, b) in enumerate(zip(some, others)) if a != b), min(len(some), len(others)))

@@ -59,7 +59,9 @@ def open_haystack(paths: Sequence[str], tokenizer: Tokenizer, longest: int, repe
     parts: list[Tokens] = []
     size = 0
     for path in paths:
-        parts.append(_of_pair(path, tokenizer, most - size) if _is_pair(path) else _of_files(path, tokenizer, most - size))
+        parts.append(
+            _of_pair(path, tokenizer, most - size) if _is_pair(path) else _of_files(path, tokenizer, most - size)
+        )
         size += parts[-1].size
         if size >= most:
             break
@@ -85,7 +87,9 @@ def _of_pair(prefix: str, tokenizer: Tokenizer, most: int) -> Tokens:
         )
     tokens = pair.tokens[:most].astype(np.int32)
     if tokens.max(initial=0) >= tokenizer.vocab_size or tokens.min(initial=0) < 0:
-        raise UserError(f"--text {prefix}: holds id {tokens.max()}, the tokenizer has the ids 0 to {tokenizer.vocab_size - 1}")
+        raise UserError(
+            f"--text {prefix}: holds id {tokens.max()}, the tokenizer has the ids 0 to {tokenizer.vocab_size - 1}"
+        )
     return tokens[tokens != tokenizer.eod_id]
 
 

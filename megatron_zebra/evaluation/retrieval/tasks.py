@@ -72,14 +72,19 @@ class Draw:
             if made not in self._taken and made not in self.text:
                 self._taken.add(made)
                 return made
-        raise UserError(f"no name or number was found in {_TRIES} tries that the text does not hold; give another --text")
+        raise UserError(
+            f"no name or number was found in {_TRIES} tries that the text does not hold; give another --text"
+        )
 
 
 def passkey(draw: Draw) -> Case:
     """One number, stated once."""
     key, depth = draw.number(), draw.depth()
     return Case(
-        [(depth, f"The pass key is {key}. Remember it.")], "What is the pass key?", "The pass key is", [(depth, f" {key}")]
+        [(depth, f"The pass key is {key}. Remember it.")],
+        "What is the pass key?",
+        "The pass key is",
+        [(depth, f" {key}")],
     )
 
 
@@ -123,7 +128,9 @@ def variables(draw: Draw) -> Case:
         if not chain:
             asked, found = name, number
     answers = [(planted[0][0], f" {found}")]
-    return Case(planted, f"Which number does the variable {asked} stand for?", f"The variable {asked} stands for", answers)
+    return Case(
+        planted, f"Which number does the variable {asked} stand for?", f"The variable {asked} stands for", answers
+    )
 
 
 def words(draw: Draw) -> Case:
