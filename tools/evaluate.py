@@ -17,6 +17,7 @@ from megatron_zebra.errors import UserError, run_tool
 TASKS = {
     "perplexity": "loss by data set and by position, bits per byte",
     "answers": "exact match of answers by length and depth",
+    "retrieval": "what is found again in long texts, by task, length and depth",
     "harness": "short-context tasks through lm-eval",
     "logits": "logits of given token ids, for comparing with other frameworks",
 }

@@ -83,8 +83,23 @@ class ChatTemplate:
         for number, message in enumerate(messages, 1):
             if message["role"] != "assistant" and (found := self.special_in(message["content"])):
                 raise UserError(f"{where}, message {number}: its text holds the special token {found!r}")
-        ids: list[int] = self._model.encode(self._render(messages, where, prompt=True)[0], add_special_tokens=False).ids
+        return self.tokens(self._render(messages, where, prompt=True)[0])
+
+    def tokens(self, text: str) -> list[int]:
+        """Of a text that a template has made: the names of special tokens in it are these tokens."""
+        ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
         return ids
+
+    def around(self) -> tuple[str, str]:
+        """Of one question and its answer: what comes before the question, and what between the two."""
+        question, answer = "QUESTION-4517", "ANSWER-4517"
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        text = self._render(messages, "a question and its answer")[0]
+        before, _, rest = text.partition(question)
+        middle, found, _ = rest.partition(answer)
+        if not found:
+            raise UserError(f"{self.name} does not show a question and its answer as they are given")
+        return before, middle
 
     def special_in(self, text: str) -> str | None:
         """The first special token that a text spells out, which no message may."""

@@ -9,6 +9,8 @@ from matplotlib.ticker import PercentFormatter
 
 from megatron_zebra.report.style import INK, PAPER, figure, look, save
 
+_COLUMNS = 3  # maps side by side
+
 
 def write_answers(results: dict[str, dict[str, Any]], file: Path) -> Path:
     """``answers_figure`` as a file."""
@@ -21,9 +23,13 @@ def answers_figure(results: dict[str, dict[str, Any]]) -> Figure:
 
     A cell that nothing was asked of stays empty.
     """
-    rows = max(len(result["lengths"]) for result in results.values())
-    drawn = figure(1.2 + 5.6 * len(results), 1.6 + 0.55 * rows)
-    all_axes = drawn.subplots(1, len(results), squeeze=False)[0]
+    lengths = max(len(result["lengths"]) for result in results.values())
+    columns = min(_COLUMNS, len(results))
+    rows = -(-len(results) // columns)
+    drawn = figure(1.2 + 5.6 * columns, rows * (1.6 + 0.55 * lengths))
+    all_axes = drawn.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for axes in all_axes[len(results) :]:
+        axes.remove()
     shown = None
     for axes, (name, result) in zip(all_axes, results.items()):
         exact = np.array([[np.nan if cell is None else cell for cell in row] for row in result["exact"]], float)
@@ -41,5 +47,5 @@ def answers_figure(results: dict[str, dict[str, Any]]) -> Figure:
         axes.set_xticks(np.arange(len(edges)) - 0.5, [f"{edge:g}" for edge in edges])
         axes.set_yticks(range(len(result["lengths"])), [f"{length:,}" for length in result["lengths"]])
     if shown is not None:
-        drawn.colorbar(shown, ax=all_axes.tolist(), format=PercentFormatter(1.0))
+        drawn.colorbar(shown, ax=all_axes[: len(results)], format=PercentFormatter(1.0))
     return drawn

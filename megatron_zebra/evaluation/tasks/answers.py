@@ -57,15 +57,15 @@ def run(arguments: argparse.Namespace) -> None:
         if grid.is_main:
             judged = Answered(*map(np.array, columns))
             result = tables(examples, judged, arguments.depth_bins)
-            _print(folder, result)
+            print(f"checkpoint {folder}")
+            print_table(result)
             write_result({"checkpoint": str(folder), "data": str(arguments.data), **result}, output)
             print(f"written to {output}")
-            _draw({arguments.data.stem: result}, output.with_suffix(".png"))
+            draw_maps({arguments.data.stem: result}, output.with_suffix(".png"))
 
 
-def _print(folder: Path, result: dict[str, Any]) -> None:
+def print_table(result: dict[str, Any]) -> None:
     """A row a length, a column a depth; in per cent."""
-    print(f"checkpoint {folder}")
     edges = result["depth_edges"]
     heads = [f"{edge:g}" for edge in edges[:-1]]
     print("exact answers, %, by tokens and by depth from")
@@ -82,7 +82,8 @@ def _print(folder: Path, result: dict[str, Any]) -> None:
         print(f"{kind:>8} {100 * of_kind['exact']:5.1f} {of_kind['asked']:6d}")
 
 
-def _draw(results: dict[str, Any], picture: Path) -> None:
+def draw_maps(results: dict[str, Any], picture: Path) -> None:
+    """A heat map of each result, by name."""
     from megatron_zebra.report.answers import write_answers
 
     try:

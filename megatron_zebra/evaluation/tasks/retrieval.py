@@ -1,0 +1,116 @@
+"""Of what is planted in long texts the share that greedy decoding finds, by task, length and depth.
+
+passkey: one number. needle: a fact among others of its shape. needles: several numbers of one name, in the order of the
+text, each counted alone. variables: a number through a chain of assignments. words: the three words that are called most
+often, the commonest first; there is no depth.
+
+A base model goes on from a prompt that ends where the answer begins; --chat asks with the tokenizer's template. Lengths
+count every token, those of the answer too.
+
+  python tools/evaluate.py retrieval --checkpoint SmolLM2-135M --text books/ --lengths 2048 4096 8192
+  python tools/evaluate.py retrieval --checkpoint runs/my --tokenizer tok.model --text data/valid --tasks passkey needle
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_zebra.evaluation.tasks.answers import draw_maps, print_table
+from megatron_zebra.evaluation.tasks.common import add_model, add_output, count, make_room, output_of, write_result
+
+TASKS = ("passkey", "needle", "needles", "variables", "words")
+
+
+def arguments(task: argparse.ArgumentParser) -> None:
+    task.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_model(task)
+    task.add_argument(
+        "--text",
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help="what things are planted in: files and folders, or prefixes of indexed pairs",
+    )
+    task.add_argument("--repeat", action="store_true", help="a text shorter than the context begins anew at its end")
+    task.add_argument(
+        "--tokenizer", type=Path, metavar="PATH", help="file or folder (default: the one kept beside the model)"
+    )
+    task.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help="default: all")
+    task.add_argument(
+        "--lengths",
+        nargs="+",
+        type=count,
+        default=[1024, 2048, 4096],
+        metavar="N",
+        help="tokens of the context (default: 1024 2048 4096)",
+    )
+    task.add_argument("--depths", type=count, default=10, metavar="N", help="equal parts of the text (default: 10)")
+    task.add_argument(
+        "--examples", type=count, default=10, metavar="N", help="of every task, length and depth (default: 10)"
+    )
+    task.add_argument(
+        "--distractors", type=_whole, default=3, metavar="N", help="of the shape of what is asked for (default: 3)"
+    )
+    task.add_argument("--needles", type=count, default=3, metavar="N", help="numbers of the task needles (default: 3)")
+    task.add_argument("--hops", type=count, default=3, metavar="N", help="from variable to variable (default: 3)")
+    task.add_argument("--seed", type=_whole, default=0, metavar="N", help="default: 0")
+    task.add_argument("--chat", action="store_true", help="ask with the tokenizer's chat template")
+    task.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja template instead of the tokenizer's")
+    add_output(task, "retrieval.json", ", a picture beside it")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from megatron_zebra.convert.load import load_decoder
+    from megatron_zebra.convert.source import open_model
+    from megatron_zebra.data.chat_template import ChatTemplate
+    from megatron_zebra.errors import UserError
+    from megatron_zebra.evaluation.retrieval.run import Retrieval, examples_of, retrieve
+    from megatron_zebra.evaluation.retrieval.tasks import Counts
+    from megatron_zebra.inference.load import tokenizer_of
+    from megatron_zebra.parallel.process import WorldCollective, world
+
+    if arguments.chat_template and not arguments.chat:
+        raise UserError("--chat-template: is for chat; give --chat too")
+    settings = Retrieval(
+        text=arguments.text,
+        tasks=list(dict.fromkeys(arguments.tasks)),
+        lengths=sorted(set(arguments.lengths)),
+        depths=arguments.depths,
+        examples=arguments.examples,
+        seed=arguments.seed,
+        repeat=arguments.repeat,
+        counts=Counts(arguments.distractors, arguments.needles, arguments.hops),
+    )
+    with world(arguments.device, 600.0) as grid:
+        opened = open_model(arguments.checkpoint, WorldCollective(grid))
+        output = output_of(arguments, opened.folder, "retrieval.json")
+        if grid.is_main:
+            make_room(output)
+        tokenizer, place = tokenizer_of(opened, arguments.tokenizer)
+        template = ChatTemplate(place, arguments.chat_template) if arguments.chat else None
+        model = load_decoder(opened, grid.device, torch.float32 if arguments.precision == "fp32" else torch.bfloat16)
+        total = len(range(grid.dp_rank, examples_of(settings), grid.dp_size))
+        with tqdm(total=total, desc="retrieval", unit="example", disable=None if grid.is_main else True) as bar:
+            found = retrieve(model, tokenizer, settings, grid, template, bar.update)
+        if grid.is_main:
+            print(f"checkpoint {opened.folder}")
+            for task, result in found.items():
+                print(f"\n{task}")
+                print_table(result)
+            write_result(_document(arguments, opened.folder, found), output)
+            print(f"\nwritten to {output}")
+            draw_maps(found, output.with_suffix(".png"))
+
+
+def _document(arguments: argparse.Namespace, folder: Path, found: dict[str, Any]) -> dict[str, Any]:
+    asked = {name: getattr(arguments, name) for name in ("text", "seed", "chat", "distractors", "needles", "hops")}
+    return {"checkpoint": str(folder), **asked, "tasks": found}
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 on, not {text}")
+    return int(text)
