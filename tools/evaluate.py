@@ -10,9 +10,10 @@ Under torchrun the processes share the work out.
 
 import argparse
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_zebra.errors import UserError, run_tool
+from megatron_zebra.evaluation.tasks.common import Parser
 
 TASKS = {
     "perplexity": "loss by data set and by position, bits per byte",
@@ -21,13 +22,6 @@ TASKS = {
     "harness": "short-context tasks through lm-eval",
     "logits": "logits of given token ids, for comparing with other frameworks",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(folder: Path, *words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     perplexity.options(parser)
-    return parser.parse_args(["--data", str(folder / "data"), *words])
+    return parser.parse_args(["--data", str(folder / "data"), *words], argparse.Namespace(tp=1, cp=1))
 
 
 def measured(grid: Grid, folder: Path, words: list[str]) -> dict[str, Any]:
@@ -116,8 +116,10 @@ def test_ranks_that_divide_the_work_find_the_same(
 def test_options_that_cannot_be_are_one_line(folder: Path) -> None:
     with pytest.raises(UserError, match=r"^--stride 9: must not be above --sequence-length 8$"):
         perplexity.check(options(folder, "--sequence-length", "16", "8", "--stride", "9"))
+    divided = options(folder, "--sequence-length", "30")
+    divided.cp = 2
     with pytest.raises(UserError, match=r"^--sequence-length 30: must be a multiple of 4 .* \(nearest: 28 or 32\)$"):
-        perplexity.check(options(folder, "--sequence-length", "30"), 4)
+        perplexity.check(divided)
 
 
 def test_numbers_and_words(run_distributed: Any, folder: Path) -> None:

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_zebra.config.derived import sequence_multiple
+from megatron_zebra.config.sections import Parallel
 from megatron_zebra.data.indexed import IndexedPair
 from megatron_zebra.errors import UserError
 from megatron_zebra.evaluation.tasks.common import add_model, add_output, count, run_of, write_result
@@ -51,13 +53,14 @@ def options(task: argparse.ArgumentParser) -> None:
     task.add_argument("--by-document", action="store_true", help="also the loss of each document, the worst first")
 
 
-def check(arguments: argparse.Namespace, multiple: int = 1) -> None:
-    """UserError for what is wrong whatever the model is. Rows have to be a ``multiple`` of tokens."""
+def check(arguments: argparse.Namespace) -> None:
+    """UserError for what is wrong whatever the model is."""
+    multiple = sequence_multiple(Parallel(tp=arguments.tp, cp=arguments.cp))
     for length in arguments.sequence_length:
         if length % multiple:
             near = [number for number in (length // multiple * multiple, -(-length // multiple) * multiple) if number]
             raise UserError(
-                f"--sequence-length {length}: must be a multiple of {multiple} under this tp and cp "
+                f"--sequence-length {length}: must be a multiple of {multiple} under tp {arguments.tp} and cp {arguments.cp} "
                 f"(nearest: {' or '.join(map(str, near))})"
             )
         if arguments.stride is not None and arguments.stride > length:
@@ -70,7 +73,6 @@ def run(arguments: argparse.Namespace) -> None:
     from megatron_zebra.evaluation.subject import opened
 
     with opened(arguments, "perplexity.json", max(arguments.sequence_length)) as (subject, source, output):
-        check(arguments, subject.length_multiple)
         result = measure(subject, arguments)
         if subject.grid.is_main:
             # Print first: what was computed is not lost where it cannot be written.
