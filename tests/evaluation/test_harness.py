@@ -13,7 +13,7 @@ import yaml
 
 from megatron_zebra.convert.source import open_model
 from megatron_zebra.data.tokenizer import load_tokenizer
-from megatron_zebra.evaluation.subject import load_subject
+from megatron_zebra.evaluation.load import load_subject
 from megatron_zebra.evaluation.tasks import harness
 from megatron_zebra.inference.language_model import LanguageModel
 from megatron_zebra.parallel.grid import Grid

@@ -13,7 +13,7 @@ import torch
 from megatron_zebra.convert.source import open_model
 from megatron_zebra.data.indexed import IndexedPair
 from megatron_zebra.errors import UserError
-from megatron_zebra.evaluation.subject import load_subject
+from megatron_zebra.evaluation.load import load_subject
 from megatron_zebra.evaluation.tasks import perplexity
 from megatron_zebra.parallel.grid import Grid
 from tests.convert.models import make

@@ -46,7 +46,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     check(arguments)
-    from megatron_zebra.evaluation.subject import opened
+    from megatron_zebra.evaluation.load import opened
 
     with opened(arguments, "answers.json") as (subject, source, output):
         result = measure(subject, arguments)

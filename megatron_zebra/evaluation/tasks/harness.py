@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     check(arguments)
     manager = _manager(arguments)
     from megatron_zebra.convert.kept import origin_of, special_ids
-    from megatron_zebra.evaluation.subject import opened
+    from megatron_zebra.evaluation.load import opened
     from megatron_zebra.inference.load import stop_ids, tokenizer_of
 
     with opened(arguments, "harness.json") as (subject, source, output):

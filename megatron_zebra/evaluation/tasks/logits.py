@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from megatron_zebra.evaluation.subject import opened
+    from megatron_zebra.evaluation.load import opened
     from megatron_zebra.inference.language_model import LanguageModel
     from megatron_zebra.launched import launched
 

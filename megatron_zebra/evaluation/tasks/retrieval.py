@@ -76,7 +76,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     check(arguments)
-    from megatron_zebra.evaluation.subject import opened
+    from megatron_zebra.evaluation.load import opened
     from megatron_zebra.inference.load import tokenizer_of
 
     with opened(arguments, "retrieval.json") as (subject, source, output):
