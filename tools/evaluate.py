@@ -20,6 +20,7 @@ TASKS = {
     "answers": "exact match of answers by length and depth",
     "retrieval": "what is found again in long texts, by task, length and depth",
     "harness": "short-context tasks through lm-eval",
+    "compare": "results of several models side by side",
     "logits": "logits of given token ids, for comparing with other frameworks",
 }
 

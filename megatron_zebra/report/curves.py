@@ -118,6 +118,7 @@ def draw_by_position(axes: Axes, sets: dict[str, ByPosition], window: int | None
             marker=MARKERS[i % len(MARKERS)],
             ms=5,
             lw=1.6,
+            ls=("-", "--", ":")[i // len(SERIES) % 3],
             label=name,
         )
     axes.set_xticks(range(len(longest)), [_count(edge) for edge in longest])
