@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from megatron_zebra.attention.contract import Segments
 from megatron_zebra.evaluation import answers
-from megatron_zebra.evaluation.answers import Answered, Example, judge, tables
+from megatron_zebra.evaluation.answers import Answered, Example, judge, judge_together, tables
 from megatron_zebra.model.architecture import resolve
 from megatron_zebra.model.decoder import Decoder
+from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.training.build import build_model
 from tests.data.corpus import patient
 from tests.training.cases import small
@@ -98,6 +99,23 @@ def test_only_the_answers_go_through_the_head(model: Decoder, monkeypatch: Any) 
 
 
 cells = st.tuples(st.sampled_from([64, 128]), st.one_of(st.none(), st.floats(0, 1)), st.booleans())
+
+
+def together(grid: Grid, examples: list[Example]) -> Answered:
+    config = small()
+    return judge_together(build_model(config, resolve(config.model, 101, 48), CPU, grid.tp).eval(), examples, grid)
+
+
+@pytest.mark.parametrize("axes", [{}, {"tp": 2}, {"cp": 2}], ids=str)
+def test_ranks_judge_each_example_once(run_distributed: Any, model: Decoder, axes: dict[str, int]) -> None:
+    """Three examples: no number of ranks here divides them."""
+    examples = [conversation(model, seed)[0] for seed in range(3)]
+    wanted = judge(model, examples, CPU)
+    assert 0 < wanted.exact.sum() < 6
+    for found in run_distributed(together, 2, examples, **axes):
+        assert found.exact.tolist() == wanted.exact.tolist()
+        assert found.tokens.tolist() == wanted.tokens.tolist()
+        assert found.loss == pytest.approx(wanted.loss, abs=1e-4)
 
 
 @patient
