@@ -1,5 +1,6 @@
 """tools/evaluate.py logits: those of transformers, in any shape of ids and however they are cut; one line for bad ids."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
@@ -18,8 +19,13 @@ def test_logits_are_those_of_transformers(tmp_path: Path, shape: tuple[int, ...]
     ids = np.random.default_rng(1).integers(0, 61, shape).astype(np.uint16)
     np.save(tmp_path / "ids.npy", ids)
     words = ["--checkpoint", str(tmp_path / "hf"), "--ids", str(tmp_path / "ids.npy"), "--device", "cpu"]
-    extend = language_model.LanguageModel.logit_chunks
-    with patch.object(language_model.LanguageModel, "logit_chunks", lambda self, row: extend(self, row, 16)):
+    real = language_model.LanguageModel.logit_chunks
+
+    def chunks(self: language_model.LanguageModel, row: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Small ones, laid out in memory as tensor parallelism gathers them."""
+        return (chunk.t().contiguous().t() for chunk in real(self, row, 16))
+
+    with patch.object(language_model.LanguageModel, "logit_chunks", chunks):
         assert tool("logits", *words, "--output", str(tmp_path / "out" / "l.npy")) == 0
     found = np.load(tmp_path / "out" / "l.npy")
     assert found.dtype == np.float32

@@ -74,7 +74,7 @@ def _write(output: Path, shape: tuple[int, ...], chunks: Any, bar: Any) -> None:
         with temporary.open("wb") as file:
             np.lib.format.write_array_header_2_0(file, header)
             for chunk in chunks:
-                file.write(chunk.float().cpu().numpy().astype("<f4", copy=False).data)
+                file.write(np.ascontiguousarray(chunk.float().cpu().numpy(), "<f4").data)
                 bar.update(len(chunk))
         os.replace(temporary, output)
     except OSError:
