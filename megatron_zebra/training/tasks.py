@@ -36,21 +36,29 @@ def planned(config: Config) -> list[Planned]:
 
 
 def _planned(config: Config, number: int, task: EvaluationTask) -> Planned:
-    module: Any = import_module(f"megatron_zebra.evaluation.tasks.{task.task}")
-    given = dict(task.options)
-    if task.task != "perplexity" and config.data.tokenizer is not None:
-        given.setdefault("tokenizer", config.data.tokenizer)
-    parser = Parser(add_help=False, allow_abbrev=False)
-    module.options(parser)
-    axes = argparse.Namespace(tp=config.parallel.tp, cp=config.parallel.cp)
+    module = _module(task)
     try:
-        options = parser.parse_args(_words(given), axes)
+        options = read_options(task, config)
         if getattr(options, "tokenizer", Path()) is None:
             raise UserError("--tokenizer: must be given, since data.tokenizer is not")
         module.check(options)
     except UserError as error:
         raise UserError(f"evaluation.tasks[{number}].options: {error}") from None
     return Planned(task.name or task.task, task.interval, module, options)
+
+
+def read_options(task: EvaluationTask, config: Config) -> argparse.Namespace:
+    """What the tool would make of them; UserError if it does not know one, or not such a value."""
+    given = dict(task.options)
+    if task.task != "perplexity" and config.data.tokenizer is not None:
+        given.setdefault("tokenizer", config.data.tokenizer)
+    parser = Parser(add_help=False, allow_abbrev=False)
+    _module(task).options(parser)
+    return parser.parse_args(_words(given), argparse.Namespace(tp=config.parallel.tp, cp=config.parallel.cp))
+
+
+def _module(task: EvaluationTask) -> Any:
+    return import_module(f"megatron_zebra.evaluation.tasks.{task.task}")
 
 
 def _words(options: dict[str, Any]) -> list[str]:

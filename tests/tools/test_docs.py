@@ -1,16 +1,31 @@
-"""Commands of the documentation on layouts are accepted as they stand."""
+"""Commands of the documentation are accepted as they stand."""
 
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 import pretrain_zebra
+from megatron_zebra.config.load import load_config
+from megatron_zebra.training.tasks import read_options
+from tools import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/parallelism.md").read_text(), re.DOTALL)
-COMMANDS = [line for block in BLOCKS for line in block.splitlines() if "pretrain_zebra.py" in line]
+
+
+def commands(page: str, tool: str) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if tool in line]
+
+
+COMMANDS = commands("docs/parallelism.md", "pretrain_zebra.py")
+JUDGING = [
+    command
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for command in commands(str(page), "tools/evaluate.py")
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -23,5 +38,20 @@ def test_commands_on_layouts_are_accepted(command: str, monkeypatch: pytest.Monk
     assert pretrain_zebra.main([*shlex.split(words), *extra]) == 0
 
 
+@pytest.mark.parametrize("command", JUDGING)
+def test_commands_that_judge_are_accepted(command: str) -> None:
+    evaluate.parser().parse_args(shlex.split(command.split("tools/evaluate.py")[1], comments=True))
+
+
+def test_options_of_tasks_in_training_are_accepted() -> None:
+    text = (ROOT / "docs/evaluation.md").read_text()
+    given = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])
+    config = load_config(None, {"evaluation.tasks": given["evaluation"]["tasks"], "data.tokenizer": "tok.model"})
+    assert len(config.evaluation.tasks) >= 4
+    for task in config.evaluation.tasks:
+        read_options(task, config)
+
+
 def test_there_are_such_commands() -> None:
     assert len(COMMANDS) >= 4
+    assert len(JUDGING) >= 12
