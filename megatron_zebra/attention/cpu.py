@@ -31,8 +31,13 @@ def attention(
 ) -> torch.Tensor:
     """See ``contract.attention``. Sums run in one fixed order, so it is always deterministic."""
     del deterministic
+    if len(q) == 1 and window is None and segments.cu_q.size == 2 and not torch.is_grad_enabled():
+        # A token that is generated: too little work for anything but the call itself.
+        return _forward(*map(_batch_of_one, _computable(q, k, v)), scale=scale)[0][0].transpose(0, 1).to(q.dtype)
     group = q.shape[1] // k.shape[1]
     calls = segments.memo(("cpu", window, group), lambda: plan(segments.cu_q, segments.cu_k, window, group))
+    if not torch.is_grad_enabled():
+        return _attend(calls, scale, *_computable(q, k, v))[0].to(q.dtype)
     out: torch.Tensor = _CpuAttention.apply(q, k, v, calls, scale)
     return out
 
