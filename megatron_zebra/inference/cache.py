@@ -28,7 +28,7 @@ class Ring:
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: Kernel) -> torch.Tensor:
         if self.store is None:
-            self.store = k.new_empty(2, self.slots, *k.shape[1:])
+            self.store = _storage(k, self.slots)
         new, before = k.shape[0], min(self.length, self.slots - 1)
         if new == 1:
             # One query sees all that is kept, in whatever order it lies.
@@ -79,7 +79,7 @@ class Growing:
 
     def _room(self, needed: int, like: torch.Tensor) -> torch.Tensor:
         if self.store is None or self.store.shape[1] < needed:
-            grown = like.new_empty(2, -(-needed // BLOCK) * BLOCK, *like.shape[1:])
+            grown = _storage(like, -(-needed // BLOCK) * BLOCK)
             if self.store is not None:
                 grown[:, : self.length] = self.store[:, : self.length]
             self.store = grown
@@ -146,3 +146,9 @@ class Step:
         if layer not in kept:
             kept[layer] = Growing() if window is None else Ring(window)
         return kept[layer]
+
+
+def _storage(like: torch.Tensor, tokens: int) -> torch.Tensor:
+    """[2, tokens, Hkv, D] for keys and values as ``like`` [T, Hkv, D]; in memory a head's tokens lie side by side, since
+    a query that is generated reads head by head."""
+    return like.new_empty(2, like.shape[1], tokens, like.shape[2]).transpose(1, 2)
