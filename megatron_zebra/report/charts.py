@@ -23,6 +23,7 @@ COLOURS = ("#2f86d6", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#8b6fd8")
 POSITIONS = ("#3b82f6", "#c04ad1", "#f59e0b")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross")
+LOG_AXIS = {"type": "log", "dtick": "D2"}
 SMOOTHED_FROM = 20
 Key = TypeVar("Key")
 
@@ -118,9 +119,8 @@ def column(runs: Sequence[Run], of: Column) -> Chart | Absent:
     figure = _figure("step")
     for i, values in there:
         figure.add_trace(_line(runs[i].metrics.steps, values, runs[i].name, **_look(runs, i)))
-    if of.log:
-        figure.update_yaxes(type="log")
-    elif max(np.nanmax(values) for _, values in there) < 0.01:
+    figure.update_yaxes(LOG_AXIS if of.log else {"rangemode": "tozero"})
+    if max(np.nanmax(values) for _, values in there) < 0.001:
         figure.update_yaxes(exponentformat="e")
     missing = ", ".join(runs[i].name for i, _ in found if i not in dict(there))
     note = f"Not of {missing}: {of.absent}." if missing else ""
@@ -187,7 +187,13 @@ def by_position(runs: Sequence[Run]) -> Chart | Absent:
     edges = sorted({edge for sets in found for values in sets.values() for edge in values.edges if edge})
     figure.update_xaxes(type="log", tickvals=edges, ticktext=[_short(edge) for edge in edges])
     for window in sorted({run.arch.window_size for run in runs if "local" in run.arch.layer_kinds}):
-        label = {"text": f"window {_short(window)}", "textposition": "end", "textangle": 0, "xanchor": "right"}
+        label = {
+            "text": f"window {_short(window)}",
+            "textposition": "end",
+            "textangle": 0,
+            "xanchor": "right",
+            "yanchor": "top",
+        }
         line = {"dash": "dot", "width": 1, "color": "#888888"}
         figure.add_shape(type="line", x0=window, x1=window, y0=0, y1=1, yref="paper", line=line, label=label)
     return Chart(title, "nats per token", figure)
@@ -272,7 +278,7 @@ def bytes_by_kind(runs: Sequence[Run]) -> Chart | Absent:
                 look = {"color": _look(runs, i)["colour"], "symbol": symbol, "size": 11, "line": {"width": 2}}
                 found = [values[kind] / 2**20 for kind in kinds]
                 figure.add_trace(go.Scatter(x=kinds, y=found, mode="markers", name=_label(runs, i, name), marker=look))
-    figure.update_yaxes(type="log")
+    figure.update_yaxes(LOG_AXIS)
     note = (
         "cp: keys and values, by kind of layer. Measured: mean over steps, main process, without what DeepSpeed moves "
         "itself (data, from ZeRO-1 on). Planned: the busiest rank, every row whole and one document."

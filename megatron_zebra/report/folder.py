@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from megatron_zebra.checkpoint.catalog import entries
-from megatron_zebra.config.derived import longest_sequence
+from megatron_zebra.config.check import problems
+from megatron_zebra.config.derived import longest_sequence, ranks_per_replica
 from megatron_zebra.config.load import load_config
 from megatron_zebra.config.sections import Config
 from megatron_zebra.errors import UserError
@@ -96,9 +97,10 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder}: is no run folder" if folder.exists() else f"{folder}: no such run folder")
     metrics = read_metrics(folder / "metrics.jsonl")
-    config = load_config(folder / "config.yaml", {})
     environment = _environment(folder / "environment.json")
-    vocab_size = environment.get("vocab_size") or config.model.vocab_size
+    world_size = environment.get("world_size")
+    config = _config(folder / "config.yaml", world_size)
+    parallel, vocab_size = config.parallel, environment.get("vocab_size") or config.model.vocab_size
     perplexity = folder / "evaluation" / "perplexity.json"
     return Run(
         name=folder.resolve().name,
@@ -106,7 +108,7 @@ def read_run(folder: Path) -> Run:
         config=config,
         arch=resolve(config.model, vocab_size or 1, longest_sequence(config)),
         vocabulary=bool(vocab_size),
-        layout=_layout(environment.get("world_size"), config, folder),
+        layout=Layout.of(world_size, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp) if world_size else None,
         metrics=metrics,
         evaluations=read_evaluations(folder / "evaluation.jsonl"),
         evaluated=read_by_position(perplexity) if perplexity.exists() else {},
@@ -123,12 +125,15 @@ def _environment(file: Path) -> dict[str, int]:
     return {name: value for name, value in document.items() if type(value) is int and value > 0}
 
 
-def _layout(world_size: int | None, config: Config, folder: Path) -> Layout | None:
-    parallel = config.parallel
+def _config(file: Path, world_size: int | None) -> Config:
     try:
-        return (world_size and Layout.of(world_size, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp)) or None
-    except ValueError as error:
-        raise UserError(f"{folder}: environment.json and config.yaml do not fit: {error}") from None
+        config = load_config(file, {})
+    except UserError as error:
+        line = str(error).splitlines()[0].removeprefix("--config ")
+        raise UserError(line if str(file) in line else f"{file}: {line}") from None
+    if wrong := problems(config, world_size or ranks_per_replica(config.parallel)):
+        raise UserError(f"{file}: {wrong[0]}")
+    return config
 
 
 def _answers(folder: Path) -> dict[str, Exact]:

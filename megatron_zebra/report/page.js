@@ -22,9 +22,15 @@ function look() {
   };
 }
 
+const settings = {
+  responsive: true,
+  displaylogo: false,
+  displayModeBar: fingers ? false : "hover",
+  modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+};
 const charts = [...document.querySelectorAll(".chart")];
 for (const chart of charts) {
   const { data, layout } = JSON.parse(chart.nextElementSibling.textContent);
-  Plotly.newPlot(chart, data, { ...layout, template: look() }, { responsive: true, displaylogo: false });
+  Plotly.newPlot(chart, data, { ...layout, template: look() }, settings);
 }
 dark.addEventListener("change", () => charts.forEach((chart) => Plotly.relayout(chart, { template: look() })));

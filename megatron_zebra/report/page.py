@@ -38,7 +38,7 @@ def page(runs: Sequence[Run]) -> str:
     ).from_string(_asset("page.html"))
     colours = [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
     return template.render(
-        title=", ".join(run.name for run in runs),
+        title=", ".join(str(run.folder) for run in runs),
         runs=[{"run": run, "colour": colour, "yaml": to_yaml(run.config)} for run, colour in zip(runs, colours)],
         facts=facts(runs),
         differences=differences(runs),
