@@ -119,9 +119,11 @@ def column(runs: Sequence[Run], of: Column) -> Chart | Absent:
     figure = _figure("step")
     for i, values in there:
         figure.add_trace(_line(runs[i].metrics.steps, values, runs[i].name, **_look(runs, i)))
-    figure.update_yaxes(LOG_AXIS if of.log else {"rangemode": "tozero"})
-    if max(np.nanmax(values) for _, values in there) < 0.001:
-        figure.update_yaxes(exponentformat="e")
+    finite = np.concatenate([values[np.isfinite(values)] for _, values in there])
+    if of.log and 0 < finite.min() < finite.max() / 10:
+        figure.update_yaxes(LOG_AXIS)
+    else:
+        figure.update_yaxes(rangemode="tozero", exponentformat="e" if finite.max() < 0.001 else None)
     missing = ", ".join(runs[i].name for i, _ in found if i not in dict(there))
     note = f"Not of {missing}: {of.absent}." if missing else ""
     return Chart(of.title, of.unit, figure, " ".join(filter(None, (of.note, note))))
@@ -135,17 +137,19 @@ def loss(runs: Sequence[Run]) -> Chart | Absent:
     for i, run in enumerate(runs):
         values = run.metrics.column("loss")
         if np.isfinite(values).any():
-            smoothed = len(values) > SMOOTHED_FROM
-            look = _look(runs, i)
-            name = _label(runs, i, "training")
-            figure.add_trace(_line(run.metrics.steps, values, name, faint=smoothed, **look))
-            if smoothed:
-                mean = _line(run.metrics.steps, smooth(values), f"{name}, running mean", **look)
-                figure.add_trace(mean.update(hoverinfo="skip"))
+            many = len(values) > SMOOTHED_FROM
+            look, name = _look(runs, i), _label(runs, i, "training")
+            every = _line(run.metrics.steps, values, name, faint=many, **look)
+            figure.add_trace(every.update(legendgroup=name, showlegend=not many))
+            if many:
+                mean = _line(run.metrics.steps, smooth(values), name, **look)
+                figure.add_trace(mean.update(legendgroup=name, hoverinfo="skip"))
         for name, (steps, losses) in run.metrics.validation.items():
             look = _look(runs, i, 1 + sets.index(name))
             figure.add_trace(_line(steps, losses, _label(runs, i, f"held out: {name}"), marked=True, **look))
-    return Chart(title, "nats per token", figure) if figure.data else Absent(title, "no step had a finite loss")
+    if not figure.data:
+        return Absent(title, "no step had a finite loss")
+    return Chart(title, "nats per token", figure, "Training: faint each step, strong the running mean.")
 
 
 def by_source(runs: Sequence[Run]) -> Chart | Absent:
@@ -214,9 +218,15 @@ def over_time(runs: Sequence[Run]) -> Iterator[Chart | Absent]:
             for of_bin, points in table.items():
                 steps, losses = np.array(points).T
                 look = {"colour": colours[bins.index(of_bin)], "dash": DASHES[i % len(DASHES)]}
-                label = _label(runs, i, _span(*of_bin))
-                figure.add_trace(_line(steps, losses, label, marked=True, **look))
-        yield Chart(f"{title}: {name}", "nats per token", figure, "A line for each range of positions.")
+                span, first = _span(*of_bin), next(j for j, other in enumerate(tables) if of_bin in other)
+                line = _line(steps, losses, span, marked=True, **look)
+                whose = f" {escape(runs[i].name)}" if len(runs) > 1 else ""
+                line.update(legendgroup=span, showlegend=i == first, hovertemplate=f"%{{y}}{whose}")
+                figure.add_trace(line)
+        note = "A line for each range of positions."
+        if len(runs) > 1:
+            note += "".join(f" {DASHES[i % len(DASHES)].capitalize()}: {run.name}." for i, run in enumerate(runs))
+        yield Chart(f"{title}: {name}", "nats per token", figure, note)
 
 
 def retrieval(runs: Sequence[Run]) -> Iterator[Chart | Absent]:
@@ -263,7 +273,8 @@ def traffic(runs: Sequence[Run]) -> Iterator[Chart | Absent]:
     """Bytes that came from other ranks, by what they are for; those of context parallelism by kind of layer."""
     yield bytes_by_kind(runs)
     for name in _names(map(_received, runs)):
-        yield column(runs, Column(f"{BYTES}{name}", f"Bytes received: {name}", "MiB a step, main process", 2**20))
+        title, unit = f"Bytes received: {name}", "MiB a step, main process"
+        yield column(runs, Column(f"{BYTES}{name}", title, unit, 2**20, absent="it received none"))
 
 
 def bytes_by_kind(runs: Sequence[Run]) -> Chart | Absent:
@@ -273,18 +284,20 @@ def bytes_by_kind(runs: Sequence[Run]) -> Chart | Absent:
     for i, run in enumerate(runs):
         measured = {name: float(np.nanmean(values)) for name, values in _received(run).items()}
         for name, values, symbol in (("measured", measured, "circle"), ("planned", _planned(run), "circle-open")):
-            kinds = [kind for kind, value in values.items() if value]
-            if kinds:
-                look = {"color": _look(runs, i)["colour"], "symbol": symbol, "size": 11, "line": {"width": 2}}
-                found = [values[kind] / 2**20 for kind in kinds]
-                figure.add_trace(go.Scatter(x=kinds, y=found, mode="markers", name=_label(runs, i, name), marker=look))
-    figure.update_yaxes(LOG_AXIS)
+            found = {kind: value / 2**20 for kind, value in values.items() if value}
+            colour = _look(runs, i)["colour"]
+            if found:
+                dot = {"color": colour, "symbol": symbol, "size": 11, "line": {"width": 2, "color": colour}}
+                x, y, label = list(found), list(found.values()), _label(runs, i, name)
+                figure.add_trace(go.Scatter(x=x, y=y, mode="markers", name=label, marker=dot))
     note = (
         "cp: keys and values, by kind of layer. Measured: mean over steps, main process, without what DeepSpeed moves "
         "itself (data, from ZeRO-1 on). Planned: the busiest rank, every row whole and one document."
     )
     if not figure.data:
         return Absent(title, "no run is known to have had other ranks to receive from")
+    drawn = np.concatenate([trace.y for trace in figure.data])
+    figure.update_yaxes(LOG_AXIS, range=[np.log10(drawn.min() / 3), np.log10(drawn.max() * 3)])
     return Chart(title, "MiB a step", figure, note)
 
 
