@@ -246,11 +246,11 @@ def retrieval(runs: Sequence[Run]) -> Iterator[Chart | Absent]:
                     colorscale="Cividis",
                     texttemplate="%{z:.0%}",
                     hovertemplate="%{y} tokens, depth %{x}: %{z:.1%}<extra></extra>",
-                    colorbar={"tickformat": ".0%", "thickness": 12},
+                    showscale=False,
                 )
             )
-            figure.update_xaxes(type="category")
-            figure.update_yaxes(type="category")
+            figure.update_xaxes(type="category", showgrid=False, ticks="")
+            figure.update_yaxes(type="category", showgrid=False, ticks="", ticklabelstandoff=4)
             figure.update_layout(hovermode="closest")
             yield Chart(_label(runs, i, f"Answers by length and depth: {task}"), "tokens", figure)
 
@@ -333,7 +333,7 @@ def _line(
         name=name,
         mode="lines+markers" if marked or len(x) <= SMOOTHED_FROM else "lines",
         opacity=0.35 if faint else 1,
-        line={"color": colour, "dash": dash, "width": 1 if faint else 2},
+        line={"color": colour, "dash": dash, "width": 1 if faint else 1.7},
     )
 
 

@@ -16,6 +16,7 @@ function look() {
       yaxis: { ...axis, hoverformat: ".5~g" },
       hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("ink") }, namelength: 28 },
       hovermode: "x unified",
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("muted"), activecolor: colour("ink") },
       legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } },
       dragmode: fingers ? false : "zoom", // a finger scrolls the page
     },
