@@ -618,7 +618,7 @@ MUTATIONS = [
     ),
     Mutation(
         "what DeepSpeed moves is taken for measured",
-        "megatron_zebra/report/charts.py",
+        "megatron_zebra/report/rank_charts.py",
         'partial = "data" if run.config.optimizer.zero_stage else ""',
         'partial = ""',
         "tests/report/test_report.py -k plan",

@@ -15,8 +15,9 @@ from plotly.offline import get_plotlyjs
 from megatron_zebra.config.load import to_yaml
 from megatron_zebra.planning.memory import memory_by_rank
 from megatron_zebra.planning.parameters import parameter_count, trained_count
-from megatron_zebra.report.charts import COLOURS, Chart, sections
+from megatron_zebra.report.charts import COLOURS, Chart
 from megatron_zebra.report.folder import Run
+from megatron_zebra.report.sections import sections
 
 UNKNOWN = "–"
 

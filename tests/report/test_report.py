@@ -12,9 +12,10 @@ from markupsafe import escape
 
 from megatron_zebra.errors import UserError, run_tool
 from megatron_zebra.planning.communication import busiest_bytes
-from megatron_zebra.report.charts import Chart, sections
+from megatron_zebra.report.charts import Chart
 from megatron_zebra.report.folder import Run, Saved, read_runs
 from megatron_zebra.report.page import differences, facts, page
+from megatron_zebra.report.sections import sections
 from tests.report.folders import EDGES, TABLE, evaluate, record, run_folder, save, write_lines
 from tools import report
 
@@ -67,7 +68,7 @@ def test_what_is_left_out_says_why_and_no_chart_is_empty(tmp_path: Path) -> None
     assert "logging.peak_tflops" in reasons["MFU, windows counted"]
     assert "evaluation.interval" in reasons["Loss by position over time"]
     assert reasons["Stage balance"] == "no run has a pipeline"
-    assert reasons["Skipped steps"] == "no run skipped a step"
+    assert reasons["Skipped steps"] == "not recorded"
     html = page(runs)
     for title, reason in reasons.items():
         assert f"<li>{title}: {escape(reason)}.</li>" in html
@@ -142,7 +143,11 @@ def test_checkpoints_and_their_sizes(tmp_path: Path) -> None:
 def test_names_are_text_and_not_html(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "<b>&run")
     write_lines(folder / "metrics.jsonl", [record(step, **{"valid/</script><i>x": 2.0}) for step in (1, 2)])
-    html = page(read_runs([folder, run_folder(tmp_path / "other")]))
+    runs = read_runs([folder, run_folder(tmp_path / "other")])
+    drawn = [trace.name for chart in charts(runs).values() for trace in chart.figure.data]  # plotly reads HTML in names
+    assert drawn
+    assert not [name for name in drawn if "<" in name]
+    html = page(runs)
     assert "<i>x" not in html
     assert "<b>&run" not in html
     assert "&lt;b&gt;&amp;run" in html
