@@ -1,5 +1,6 @@
 """The report: one HTML page that opens from disk, with the charts' library inside."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -45,7 +46,7 @@ def page(runs: Sequence[Run]) -> str:
         differences=differences(runs),
         sections=sections(runs),
         size=_bytes,
-        json=_json,
+        figure=_figure,
         style=Markup(_asset("page.css")),
         script=Markup(_asset("page.js")),
         plotly=Markup(get_plotlyjs()),
@@ -63,7 +64,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Keys of the configurations that are not the same in all runs -> a cell a run."""
     flat = [_flat(run.config.model_dump(mode="json")) for run in runs]
     names = dict.fromkeys(name for values in flat for name in values if name != "logging.run_dir")
-    found = {name: [str(values.get(name, UNKNOWN)) for values in flat] for name in names}
+    found = {name: [_value(values.get(name, UNKNOWN)) for values in flat] for name in names}
     return {name: cells for name, cells in found.items() if len(set(cells)) > 1}
 
 
@@ -99,7 +100,7 @@ def _facts(run: Run) -> dict[str, str]:
     return found
 
 
-def _json(chart: Chart) -> Markup:
+def _figure(chart: Chart) -> Markup:
     """A figure for a script element; plotly escapes what could end it."""
     return Markup(to_json_plotly(chart.figure))
 
@@ -113,6 +114,11 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
     return flat
+
+
+def _value(value: Any) -> str:
+    """As YAML has it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _last(run: Run, column: str, form: str) -> str:
