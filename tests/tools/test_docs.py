@@ -1,4 +1,4 @@
-"""Commands of the documentation on layouts are accepted as they stand."""
+"""Commands of the documentation on layouts and on reports are accepted as they stand."""
 
 import re
 import shlex
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import pretrain_zebra
+from tools import report
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/parallelism.md").read_text(), re.DOTALL)
@@ -25,3 +26,10 @@ def test_commands_on_layouts_are_accepted(command: str, monkeypatch: pytest.Monk
 
 def test_there_are_such_commands() -> None:
     assert len(COMMANDS) >= 4
+
+
+def test_commands_on_reports_are_accepted() -> None:
+    text = (ROOT / "docs/reports.md").read_text()
+    commands = re.findall(r"^python tools/report.py (.*)$", text, re.MULTILINE)
+    runs = [report.parser().parse_args(shlex.split(words, comments=True)).runs for words in commands]
+    assert [len(given) for given in runs] == [1, 2]
