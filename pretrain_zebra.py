@@ -67,7 +67,7 @@ def _run(config: Config, line: load.CommandLine, world_size: int, rank: int) -> 
 
     with locked(folder) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
-            write_description(folder, config, world_size)
+            write_description(folder, config, world_size, arch.vocab_size)
         parallel, same = config.parallel, facts(config.model_dump() | {"fingerprint of the data": inputs.fingerprint()})
         with world(
             parallel.device, parallel.timeout, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp, same=same

@@ -71,7 +71,7 @@ def table(folder: Path) -> None:
     peak memory             {max(r["peak_memory_bytes"] for r in records) / 2**20:8.0f} MiB in the main process
 
   Files
-    picture                 {run / "plots" / "overview.png"}
+    report, picture         {run / "report.html"}, {run / "plots" / "overview.png"}
     metrics, checkpoints    {run / "metrics.jsonl"}, {run / "checkpoints"}
     tokenizer               {folder / "tokenizer.model"}
 """)

@@ -25,6 +25,7 @@ rm -rf $out/run
 export OMP_NUM_THREADS=1
 torchrun --standalone --nproc-per-node 2 pretrain_zebra.py --config launch/recipes/quickstart.yaml "$@"
 
-step "5/5 evaluation on the held-out files, pictures, table"
+step "5/5 evaluation on the held-out files, pictures, report, table"
 torchrun --standalone --nproc-per-node 2 tools/evaluate.py perplexity --checkpoint $out/run --data $out/valid
+python tools/report.py $out/run
 python launch/quickstart.py table $out

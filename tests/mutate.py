@@ -672,6 +672,34 @@ MUTATIONS = [
         "last = i - window",
         "tests/evaluation/test_attention_mass.py -k dense",
     ),
+    Mutation(
+        "evaluations after the restored step stay",
+        "megatron_zebra/training/loop.py",
+        'MetricsFile(folder / "evaluation.jsonl", restored_step)',
+        'MetricsFile(folder / "evaluation.jsonl", 10**9)',
+        "tests/training/test_resume.py -k cut_back",
+    ),
+    Mutation(
+        "a chart drops every other point",
+        "megatron_zebra/report/charts.py",
+        "x=x.astype(np.float32)",
+        "x=x[::2].astype(np.float32)",
+        "tests/report/test_page.py -k every_point",
+    ),
+    Mutation(
+        "what DeepSpeed moves is taken for measured",
+        "megatron_zebra/report/rank_charts.py",
+        'partial = "data" if run.config.optimizer.zero_stage else ""',
+        'partial = ""',
+        "tests/report/test_report.py -k plan",
+    ),
+    Mutation(
+        "charts stay light when the screen goes dark",
+        "megatron_zebra/report/page.js",
+        'dark.addEventListener("change"',
+        'dark.addEventListener("changed"',
+        "tests/report/test_page.py -k every_point",
+    ),
 ]
 
 

@@ -5,6 +5,13 @@ cd "$(dirname "$0")/.."
 begun=$SECONDS
 source launch/environment.sh test,dev
 
+# The page of a report is tested in a browser; where there is none that test is skipped.
+if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+    echo "installing chromium, for the tests of reports (log: .venv/chromium.log)"
+    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } >.venv/chromium.log 2>&1 ||
+        echo "that failed: they will be skipped"
+fi
+
 step() { printf '\n== %s\n' "$*"; }
 
 failed=""

@@ -31,8 +31,15 @@ def attention(
 ) -> torch.Tensor:
     """See ``contract.attention``. Sums run in one fixed order, so it is always deterministic."""
     del deterministic
+    if len(q) == 1 and window is None and segments.cu_q.size == 2 and not torch.is_grad_enabled():
+        # A token that is generated: one call, in which a KV head's queries are rows, so that its keys are read once.
+        wide, keys, values = _computable(q, k, v)
+        rows = wide.view(1, k.shape[1], -1, k.shape[2])
+        return _forward(rows, _batch_of_one(keys), _batch_of_one(values), scale=scale)[0].reshape(q.shape).to(q.dtype)
     group = q.shape[1] // k.shape[1]
     calls = segments.memo(("cpu", window, group), lambda: plan(segments.cu_q, segments.cu_k, window, group))
+    if not torch.is_grad_enabled():
+        return _attend(calls, scale, *_computable(q, k, v))[0].to(q.dtype)
     out: torch.Tensor = _CpuAttention.apply(q, k, v, calls, scale)
     return out
 

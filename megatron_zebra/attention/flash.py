@@ -10,6 +10,7 @@ import torch
 from megatron_zebra.attention.registry import module_exists
 from megatron_zebra.attention.segments import Segments
 from megatron_zebra.attention.window import Window, flash4_window, flash_window
+from megatron_zebra.errors import UserError
 
 MODULES = {2: "flash_attn.flash_attn_interface", 3: "flash_attn_interface", 4: "flash_attn.cute"}
 
@@ -52,7 +53,14 @@ def arguments(version: int, segments: Segments, window: Window, scale: float, de
 
 @lru_cache(maxsize=8)
 def _function(version: int) -> Callable[..., Any]:
-    function: Callable[..., Any] = importlib.import_module(MODULES[version]).flash_attn_varlen_func
+    try:
+        function: Callable[..., Any] = importlib.import_module(MODULES[version]).flash_attn_varlen_func
+    except ImportError as error:
+        # The commonest reason: it was built for another torch.
+        raise UserError(
+            f"attention backend 'flash': {MODULES[version]} is installed but cannot be imported ({error}); build flash-attn "
+            f"for torch {torch.__version__}, or set model.attention_backend: torch"
+        ) from None
     return function
 
 

@@ -325,7 +325,7 @@ class Logging(Section):
 
     run_dir: str | None = key(
         None,
-        "folder of this run (configuration, logs, metrics.jsonl, checkpoints, plots); null = runs/ and the name of the configuration file",
+        "folder of this run (configuration, logs, metrics.jsonl, evaluation.jsonl, checkpoints, plots); null = runs/ and the name of the configuration file",
     )
     interval: int = key(1, "steps between lines where there is no terminal for a bar", "steps", ge=1)
     tensorboard: bool = key(False, "also write TensorBoard events into run_dir/tensorboard")

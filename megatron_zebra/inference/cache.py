@@ -1,7 +1,7 @@
 """The KV cache: a local layer keeps the last w keys and the newest, in a ring; a global layer keeps all, in blocks."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -10,6 +10,9 @@ from megatron_zebra.attention.segments import Segments
 from megatron_zebra.attention.window import Window
 
 BLOCK = 1024  # tokens by which a global layer's store grows
+
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Window], torch.Tensor]
+"""Attention of the last len(q) tokens over len(k) keys of one sequence: q, k, v, window."""
 
 
 class Ring:
@@ -23,32 +26,33 @@ class Ring:
         self.length = 0  # tokens seen so far
         self.store: torch.Tensor | None = None
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: Kernel) -> torch.Tensor:
         if self.store is None:
-            self.store = k.new_empty(2, self.slots, *k.shape[1:])
-        new, before = len(k), min(self.length, self.slots - 1)
+            self.store = _storage(k, self.slots)
+        new, before = k.shape[0], min(self.length, self.slots - 1)
         if new == 1:
             # One query sees all that is kept, in whatever order it lies.
             self._put(k, v)
             held = min(self.length, self.slots)
             keys, values = self.store[:, :held]
-            return _over(q, keys, values, None, backend)
+            return kernel(q, keys, values, None)
         if before:
             earlier = self._last(before)
             k, v = torch.cat([earlier[0], k]), torch.cat([earlier[1], v])
-        out = _over(q, k, v, self.slots - 1, backend)
+        out = kernel(q, k, v, self.slots - 1)
         self._put(k[-new:], v[-new:])
         return out
 
     def _put(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Take in new tokens' keys: of more than there are slots, the last ones."""
         assert self.store is not None
-        end, kept = self.length + len(k), min(len(k), self.slots)
+        new = k.shape[0]
+        end, kept = self.length + new, min(new, self.slots)
         first = (end - kept) % self.slots
         head = min(kept, self.slots - first)
-        for store, new in zip(self.store, (k[-kept:], v[-kept:])):
-            store[first : first + head] = new[:head]
-            store[: kept - head] = new[head:]
+        for store, last in zip(self.store, (k[-kept:], v[-kept:])):
+            store[first : first + head] = last[:head]
+            store[: kept - head] = last[head:]
         self.length = end
 
     def _last(self, count: int) -> torch.Tensor:
@@ -66,16 +70,16 @@ class Growing:
         self.length = 0
         self.store: torch.Tensor | None = None
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> torch.Tensor:
-        end = self.length + len(k)
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: Kernel) -> torch.Tensor:
+        end = self.length + k.shape[0]
         store = self._room(end, k)
         store[0, self.length : end], store[1, self.length : end] = k, v
         self.length = end
-        return _over(q, store[0, :end], store[1, :end], None, backend)
+        return kernel(q, store[0, :end], store[1, :end], None)
 
     def _room(self, needed: int, like: torch.Tensor) -> torch.Tensor:
         if self.store is None or self.store.shape[1] < needed:
-            grown = like.new_empty(2, -(-needed // BLOCK) * BLOCK, *like.shape[1:])
+            grown = _storage(like, -(-needed // BLOCK) * BLOCK)
             if self.store is not None:
                 grown[:, : self.length] = self.store[:, : self.length]
             self.store = grown
@@ -107,6 +111,7 @@ class Step:
     cache: Cache
     new: dict[int, int]
     padding: int
+    segments: dict[tuple[int, int], Segments] = field(default_factory=dict)  # by queries and keys: layers share them
 
     def positions(self) -> torch.Tensor:
         """[T], on the host."""
@@ -116,15 +121,25 @@ class Step:
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: Window, backend: str
     ) -> torch.Tensor:
+        def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: Window) -> torch.Tensor:
+            return attention(q, k, v, self._segments(q.shape[0], k.shape[0], q.device), window=window, backend=backend)
+
+        if len(self.new) == 1 and not self.padding:
+            return self._layer(next(iter(self.new)), layer, window).attend(q, k, v, kernel)
         sizes = [*self.new.values(), self.padding]
         parts = zip(self.new, q.split(sizes), k.split(sizes), v.split(sizes))
-        out = [self._layer(s, layer, window).attend(q_s, k_s, v_s, backend) for s, q_s, k_s, v_s in parts]
+        out = [self._layer(s, layer, window).attend(q_s, k_s, v_s, kernel) for s, q_s, k_s, v_s in parts]
         return torch.cat([*out, q.new_zeros(self.padding, *q.shape[1:])])
 
     def done(self) -> None:
         """The model has seen the new tokens."""
         for sequence, count in self.new.items():
             self.cache.lengths[sequence] += count
+
+    def _segments(self, queries: int, keys: int, device: torch.device) -> Segments:
+        if (queries, keys) not in self.segments:
+            self.segments[queries, keys] = Segments.from_lengths([queries], [keys], device)
+        return self.segments[queries, keys]
 
     def _layer(self, sequence: int, layer: int, window: Window) -> Ring | Growing:
         kept = self.cache.layers[sequence]
@@ -133,6 +148,7 @@ class Step:
         return kept[layer]
 
 
-def _over(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: Window, backend: str) -> torch.Tensor:
-    segments = Segments.from_lengths([len(q)], [len(k)], q.device)
-    return attention(q, k, v, segments, window=window, backend=backend)
+def _storage(like: torch.Tensor, tokens: int) -> torch.Tensor:
+    """[2, tokens, Hkv, D] for keys and values as ``like`` [T, Hkv, D]; in memory a head's tokens lie side by side, since
+    a query that is generated reads head by head."""
+    return like.new_empty(2, like.shape[1], tokens, like.shape[2]).transpose(1, 2)

@@ -29,7 +29,7 @@ class LanguageModel:
         self.tp = tp or Group.alone("tp")
         self.device = next(decoder.parameters()).device
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def logits(self, ids: torch.Tensor | Sequence[Sequence[int]]) -> torch.Tensor:
         """Of every token, without a cache. ids: [B, T] -> [B, T, V]."""
         rows = self._checked(ids)
@@ -52,7 +52,7 @@ class LanguageModel:
         for part in row.to(self.device).split(chunk):
             yield self._extend(cache, {0: len(part)}, part, torch.arange(len(part)))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def prefill(self, cache: Cache, prompts: Sequence[torch.Tensor], chunk: int = PREFILL_CHUNK) -> torch.Tensor:
         """Take each prompt into ``cache``, ``chunk`` tokens at a time; the logits of each one's last token [B, V]."""
         last = []
@@ -62,7 +62,7 @@ class LanguageModel:
             last.append(logits)
         return torch.cat(last)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def decode(self, cache: Cache, tokens: torch.Tensor, sequences: Sequence[int]) -> torch.Tensor:
         """One further token of each of ``sequences``: tokens [n] -> logits [n, V]."""
         return self._extend(cache, dict.fromkeys(sequences, 1), tokens)

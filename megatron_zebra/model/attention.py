@@ -39,7 +39,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """What this rank's heads give: [T, heads, head_dim]."""
         x = gather_sequence(x, self.tp)
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (proj(x).view(x.shape[0], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotated:

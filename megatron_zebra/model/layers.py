@@ -29,7 +29,8 @@ class Linear(nn.Module):
         self.whole_a, self.whole_b = split(f"{name}.lora_a") is None, split(f"{name}.lora_b") is None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._adapted(x, F.linear(x, self.weight, self.bias))
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.lora_a is None else self._adapted(x, y)
 
     def _adapted(self, x: torch.Tensor, y: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
         """``y`` and what the adapter adds; ``rows`` of B."""

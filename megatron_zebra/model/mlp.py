@@ -25,6 +25,10 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), silu.mul_(grad)
 
 
+def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
+
+
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)), x [T / tp, hidden_size]."""
 
@@ -38,4 +42,5 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = gather_sequence(x, self.tp)
-        return scatter_sum(self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x))), self.tp)
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return scatter_sum(self.down_proj(_swiglu(gate, up)), self.tp)

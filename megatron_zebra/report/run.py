@@ -32,11 +32,18 @@ class Metrics:
     def validation(self) -> dict[str, tuple[Series, Series]]:
         """Of each validation set: steps and losses, where there are any."""
         found = {}
-        for name, values in self.columns.items():
-            if name.startswith("valid/") and np.isfinite(values).any():
-                there = np.isfinite(values)
-                found[name.removeprefix("valid/")] = (self.steps[there], values[there])
+        for name, values in self.starting("valid/").items():
+            there = np.isfinite(values)
+            found[name] = (self.steps[there], values[there])
         return found
+
+    def starting(self, prefix: str) -> dict[str, Series]:
+        """Columns whose name begins with ``prefix``, by the rest of it, where they have a value."""
+        return {
+            name.removeprefix(prefix): values
+            for name, values in self.columns.items()
+            if name.startswith(prefix) and np.isfinite(values).any()
+        }
 
 
 @dataclass(frozen=True)
@@ -53,14 +60,7 @@ def read_metrics(file: Path) -> Metrics:
     Raises:
         UserError: it is missing, empty, or a line is not what training writes.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: is not UTF-8 text") from None
-    lines = text.split("\n")[:-1]
-    records = [_record(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    records = [record for record, _ in _lines(file)]
     if not records:
         raise UserError(f"{file}: holds no step yet")
     names = dict.fromkeys(name for record in records for name in record)
@@ -74,24 +74,42 @@ def read_by_position(file: Path) -> dict[str, ByPosition]:
     Raises:
         UserError: it cannot be read, or is something else.
     """
+    return _by_position(read_json(file), str(file))
+
+
+def read_evaluations(file: Path) -> list[tuple[int, dict[str, ByPosition]]]:
+    """Loss by position at each of training's evaluations, with its step (evaluation.jsonl); none where there is no file.
+
+    Raises:
+        UserError: it cannot be read, or a line is not what training writes.
+    """
+    lines = _lines(file) if file.exists() else []
+    return [(record["step"], _by_position(record, where)) for record, where in lines]
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        UserError: it cannot be read, or is not JSON.
+    """
     try:
-        sets = json.loads(file.read_text(encoding="utf-8"))["sets"]
-        found = {
-            str(name): ByPosition(
-                [int(edge) for edge in values["edges"]],
-                np.array([_number(loss) for loss in values["loss_by_position"]]),
-            )
-            for name, values in sets.items()
-        }
+        return json.loads(read_text(file))
+    except ValueError:
+        raise UserError(f"{file}: is not JSON") from None
+
+
+def read_text(file: Path) -> str:
+    """
+    Raises:
+        UserError: it cannot be read, or is not text.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{file}: is not an evaluation's result (sets with edges and loss_by_position)") from None
-    for name, values in found.items():
-        edges = values.edges
-        if len(edges) != len(values.loss) + 1 or len(edges) < 2 or any(a >= b for a, b in itertools.pairwise(edges)):
-            raise UserError(f"{file}: set '{name}' needs rising edges, one more than losses")
-    return found
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: is not UTF-8 text") from None
 
 
 def read_architecture(run_dir: Path) -> Architecture:
@@ -102,6 +120,31 @@ def read_architecture(run_dir: Path) -> Architecture:
     """
     config = load_config(run_dir / "config.yaml", {})
     return resolve(config.model, 1, config.data.sequence_length)
+
+
+def _by_position(document: Any, where: str) -> dict[str, ByPosition]:
+    try:
+        found = {
+            str(name): ByPosition(
+                [int(edge) for edge in values["edges"]],
+                np.array([_number(loss) for loss in values["loss_by_position"]]),
+            )
+            for name, values in document["sets"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        raise UserError(f"{where}: is not an evaluation's result (sets with edges and loss_by_position)") from None
+    for name, values in found.items():
+        edges = values.edges
+        if len(edges) != len(values.loss) + 1 or len(edges) < 2 or any(a >= b for a, b in itertools.pairwise(edges)):
+            raise UserError(f"{where}: set '{name}' needs rising edges, one more than losses")
+    return found
+
+
+def _lines(file: Path) -> list[tuple[dict[str, Any], str]]:
+    """Records of a file of JSON lines, each with its place; what follows the last line's end is still being written."""
+    lines = enumerate(read_text(file).split("\n")[:-1], 1)
+    places = ((line, f"{file}, line {number}") for number, line in lines if line.strip())
+    return [(_record(line, where), where) for line, where in places]
 
 
 def _record(line: str, where: str) -> dict[str, Any]:

@@ -207,6 +207,7 @@ class _Run:
                 self.trained.context,
             )
             record[f"valid/{name}"] = results[name].loss
+        self.sinks.write_evaluation(record["step"], results)
         losses = "  ".join(f"{name} {result.loss:.4f}" for name, result in results.items())
         self.console.say(f"validation at step {record['step']}: {losses}")
 
@@ -231,13 +232,16 @@ class _Run:
 
 
 class _Sinks:
-    """Where records go: metrics.jsonl and the optional loggers, all on the main rank."""
+    """Where records go: metrics.jsonl, evaluation.jsonl and the optional loggers, all on the main rank."""
 
     def __init__(self, config: Config, folder: Path, restored_step: int, enabled: bool) -> None:
         self.outputs: list[Logger] = []
+        self.evaluations: MetricsFile | None = None
         if enabled:
             with writing(folder / "metrics.jsonl"):
                 metrics = MetricsFile(folder / "metrics.jsonl", restored_step)
+            with writing(folder / "evaluation.jsonl"):
+                self.evaluations = MetricsFile(folder / "evaluation.jsonl", restored_step)
             self.outputs = [metrics, *open_loggers(config, folder, restored_step)]
 
     def __enter__(self) -> "_Sinks":
@@ -246,13 +250,33 @@ class _Sinks:
     def __exit__(self, *_: object) -> None:
         for output in self.outputs:
             output.close()
+        if self.evaluations is not None:
+            self.evaluations.close()
 
     def write(self, record: Record) -> None:
-        try:
+        with _telling(record):
             for output in self.outputs:
                 output.write(record)
-        except OSError as error:
-            raise UserError(f"metrics of step {record['step']} cannot be written: {error.strerror}") from None
+
+    def write_evaluation(self, step: int, results: dict[str, Evaluated]) -> None:
+        """By position, as tools/evaluate.py writes it: the numbers of metrics.jsonl know no bins."""
+        if self.evaluations is None:
+            return
+        sets = {
+            name: {"loss": result.loss, "edges": result.edges, "loss_by_position": result.by_position()}
+            for name, result in results.items()
+        }
+        record: Record = {"step": step, "sets": sets}
+        with _telling(record):
+            self.evaluations.write(record)
+
+
+@contextlib.contextmanager
+def _telling(record: Record) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"metrics of step {record['step']} cannot be written: {error.strerror}") from None
 
 
 def _due(interval: int, step: int, last: bool) -> bool:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a step, cut back to the restored step when a run resumes."""
+"""metrics.jsonl, a line a step, and evaluation.jsonl, a line an evaluation: cut back to the restored step when a run resumes."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ class MetricsFile:
 
     def write(self, record: Record) -> None:
         """Floats as they are; nan and infinities, which JSON lacks, as null."""
-        line = json.dumps({name: _plain(value) for name, value in record.items()}, allow_nan=False)
+        line = json.dumps(_plain(record), allow_nan=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
 
@@ -39,7 +39,9 @@ class MetricsFile:
 def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _step(line: bytes) -> int | None:

@@ -51,8 +51,12 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def write_description(folder: Path, config: Config, world_size: int) -> None:
-    """config.yaml (the former one kept under its time if it differs) and environment.json."""
+def write_description(folder: Path, config: Config, world_size: int, vocab_size: int) -> None:
+    """config.yaml (the former one kept under its time if it differs) and environment.json.
+
+    Args:
+        vocab_size: the model's; the configuration may leave it to the tokenizer.
+    """
     file, text = folder / "config.yaml", to_yaml(config)
     with writing(file):
         if file.exists() and file.read_bytes() != text.encode():
@@ -62,6 +66,7 @@ def write_description(folder: Path, config: Config, world_size: int) -> None:
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": sys.argv,
         "world_size": world_size,
+        "vocab_size": vocab_size,
         "host": platform.node(),
         "platform": platform.platform(),
         "python": platform.python_version(),

@@ -1,11 +1,14 @@
 """What flash-attn and torch's varlen function are told, beside the masks that test_backends reads from it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from megatron_zebra.attention import flash, torch_varlen
 from megatron_zebra.attention.flash import choose_version
 from megatron_zebra.attention.segments import Segments
+from megatron_zebra.errors import UserError
 
 ALL = frozenset({2, 3, 4})
 
@@ -74,3 +77,14 @@ def test_torch_is_deterministic_only_where_torch_is() -> None:
     x = torch.zeros(3, 1, 8)
     with pytest.raises(ValueError, match="use_deterministic_algorithms"):
         torch_varlen.attention(x, x, x, Segments.from_lengths([3]), window=None, scale=1.0, deterministic=True)
+
+
+def test_a_flash_attn_that_cannot_be_imported_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "broken_flash.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(flash.MODULES, 2, "broken_flash")
+    flash._function.cache_clear()
+    with pytest.raises(
+        UserError, match=r"'flash': broken_flash .* \(undefined symbol: _ZN3c10\); build .* or set model"
+    ):
+        flash._function(2)

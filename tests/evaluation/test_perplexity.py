@@ -27,6 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """hf/, a model of transformers with windows of 8 keys, and a pair of ragged documents."""
     folder = tmp_path_factory.mktemp("perplexity")
     shape = {"vocab_size": VOCAB, "num_hidden_layers": 4, "layer_types": ["full_attention", "sliding_attention"] * 2}
+    shape["tie_word_embeddings"] = True
     make(folder / "hf", "Cwm", sliding_window=8, **shape)
     pair(folder / "data", 1, 12)
     return folder

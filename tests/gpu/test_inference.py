@@ -15,8 +15,8 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("kinds", KINDS)
 @pytest.mark.parametrize("chunk", [1, WINDOW, WINDOW + 1, 1000])
 def test_every_chunking_equals_no_cache(gpu: Grid, kinds: str, chunk: int) -> None:
-    arch, decoder = make(layer_kinds=KINDS[kinds], dtype=torch.bfloat16)
-    asked = LanguageModel(arch, decoder.to(gpu.device))
+    arch, decoder = make(layer_kinds=KINDS[kinds], dtype=torch.bfloat16, device=gpu.device)
+    asked = LanguageModel(arch, decoder)
     texts = prompts()
     want = torch.stack([asked.logits(text[None])[0, -1] for text in texts]).float()
     got = asked.prefill(Cache(len(texts)), [text.to(gpu.device) for text in texts], chunk).float()
@@ -24,8 +24,8 @@ def test_every_chunking_equals_no_cache(gpu: Grid, kinds: str, chunk: int) -> No
 
 
 def test_generation_on_the_gpu_goes_on_as_recomputation_does(gpu: Grid) -> None:
-    arch, decoder = make(init_std=0.3, dtype=torch.bfloat16)
-    asked = LanguageModel(arch, decoder.to(gpu.device))
+    arch, decoder = make(init_std=0.3, dtype=torch.bfloat16, device=gpu.device)
+    asked = LanguageModel(arch, decoder)
     out = asked.generate([prompts((30,))[0]], max_new_tokens=20, temperature=0)[0]
     logits = asked.logits(out[None, :-1])[0, 29:].float()
     chosen = logits.gather(1, out[30:, None].to(logits.device))[:, 0]

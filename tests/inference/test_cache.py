@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_zebra.attention.contract import attention
+from megatron_zebra.attention.segments import Segments
 from megatron_zebra.inference.cache import BLOCK, Cache, Ring
 from megatron_zebra.inference.language_model import LanguageModel
 from megatron_zebra.planning.kv_cache import kv_cache_bytes
@@ -76,12 +78,16 @@ def test_bytes_are_the_planners_and_local_layers_do_not_grow(tokens: int) -> Non
         assert ring.store.shape[1] == WINDOW + 1
 
 
+def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+    return attention(q, k, v, Segments.from_lengths([len(q)], [len(k)]), window=window, backend="cpu")
+
+
 @given(window=st.integers(1, 9), chunks=st.lists(st.integers(1, 25), min_size=1, max_size=8))
 @settings(max_examples=60, deadline=None)
 def test_a_ring_attends_as_if_it_had_kept_everything(window: int, chunks: list[int]) -> None:
     total, ring = sum(chunks), Ring(window)
     q, k, v = (torch.randn(total, heads, 4, dtype=torch.float64) for heads in (2, 1, 1))
-    out = torch.cat([ring.attend(*parts, "cpu") for parts in zip(q.split(chunks), k.split(chunks), v.split(chunks))])
+    out = torch.cat([ring.attend(*parts, kernel) for parts in zip(q.split(chunks), k.split(chunks), v.split(chunks))])
     i, j = torch.arange(total)[:, None], torch.arange(total)[None, :]
     scores = torch.einsum("qhd,khd->hqk", q, k.expand(-1, 2, -1)) * 0.5
     share = scores.masked_fill((j > i) | (j < i - window), float("-inf")).softmax(-1)
@@ -90,9 +96,9 @@ def test_a_ring_attends_as_if_it_had_kept_everything(window: int, chunks: list[i
 
 def test_a_decoded_token_copies_no_ring() -> None:
     ring = Ring(100)
-    ring.attend(*(torch.randn(150, 1, 4) for _ in range(3)), "cpu")
+    ring.attend(*(torch.randn(150, 1, 4) for _ in range(3)), kernel)
     assert ring.store is not None
     before, kept = ring.store.data_ptr(), ring.store.clone()
-    ring.attend(*(torch.randn(1, 1, 4) for _ in range(3)), "cpu")
+    ring.attend(*(torch.randn(1, 1, 4) for _ in range(3)), kernel)
     assert ring.store.data_ptr() == before
     assert (ring.store != kept).any(-1).any(0).sum() == 1  # one slot

@@ -30,11 +30,13 @@ SMALL: dict[str, Any] = {
 }
 
 
-def make(dtype: torch.dtype = torch.float32, recompute: str = "none", **overrides: Any) -> tuple[Architecture, Decoder]:
+def make(
+    dtype: torch.dtype = torch.float32, recompute: str = "none", device: torch.device = CPU, **overrides: Any
+) -> tuple[Architecture, Decoder]:
     settings = SMALL | {f"model.{name.replace('__', '.')}": value for name, value in overrides.items()}
     config = load_config(None, settings).model
     arch = resolve(config, 0, LENGTH)
-    init = Initializer(5, config.init_std, arch.num_layers, dtype, CPU)
+    init = Initializer(5, config.init_std, arch.num_layers, dtype, device)
     return arch, Decoder(arch, init, recompute=recompute, loss_chunk_size=33)
 
 

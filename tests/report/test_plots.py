@@ -10,9 +10,9 @@ import pytest
 from megatron_zebra.config.load import load_config, to_yaml
 from megatron_zebra.errors import UserError
 from megatron_zebra.model.pattern import layer_kinds
-from megatron_zebra.report.curves import smooth
 from megatron_zebra.report.plots import write_plots
 from megatron_zebra.report.run import read_by_position, read_metrics
+from megatron_zebra.report.smooth import smooth
 from megatron_zebra.report.stripes import write_stripes
 
 PNG = b"\x89PNG"

@@ -10,7 +10,7 @@ import yaml
 import pretrain_zebra
 from megatron_zebra.config.load import load_config
 from megatron_zebra.training.tasks import read_options
-from tools import evaluate
+from tools import evaluate, report
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -55,3 +55,10 @@ def test_options_of_tasks_in_training_are_accepted() -> None:
 def test_there_are_such_commands() -> None:
     assert len(COMMANDS) >= 4
     assert len(JUDGING) >= 12
+
+
+def test_commands_on_reports_are_accepted() -> None:
+    text = (ROOT / "docs/reports.md").read_text()
+    commands = re.findall(r"^python tools/report.py (.*)$", text, re.MULTILINE)
+    runs = [report.parser().parse_args(shlex.split(words, comments=True)).runs for words in commands]
+    assert [len(given) for given in runs] == [1, 2]

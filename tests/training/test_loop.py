@@ -1,5 +1,6 @@
 """The loop on real files: validation sets, blends, schedules of length and batch, what is written beside the metrics."""
 
+import json
 import os
 import resource
 import signal
@@ -58,6 +59,16 @@ def test_the_loss_by_source_and_several_validation_sets(run_distributed: Any, tm
         ["valid/c", "valid/other"],
         ["valid/c", "valid/other"],  # once more at the end
     ]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 4]
+    for line, record in zip(lines, records[2:], strict=True):
+        assert {f"valid/{name}": values["loss"] for name, values in line["sets"].items()} == {
+            name: loss for name, loss in record.items() if name.startswith("valid/")
+        }
+        for values in line["sets"].values():
+            found = [loss for loss in values["loss_by_position"] if loss is not None]
+            assert len(values["edges"]) == len(values["loss_by_position"]) + 1
+            assert min(found) < values["loss"] < max(found)
     # Validation takes nothing from training.
     run_distributed(run, 2, tmp_path / "without", settings)
     assert curve(tmp_path / "without") == curve(tmp_path / "run")

@@ -23,7 +23,9 @@ def steps(path: Path) -> list[int]:
 def test_floats_are_kept_to_the_last_bit_and_nan_is_null(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "m", 0)
     file.write({"step": 1, "loss": 0.1 + 0.2, "grad_norm": math.nan, "tokens_per_second": math.inf})
-    line = (tmp_path / "m").read_text()  # there before the file is closed
+    file.write({"step": 2, "sets": {"a": {"loss_by_position": [math.nan, 1.5, None]}}})
+    line, nested = (tmp_path / "m").read_text().splitlines()  # there before the file is closed
+    assert json.loads(nested)["sets"] == {"a": {"loss_by_position": [None, 1.5, None]}}
     assert json.loads(line) == {"step": 1, "loss": 0.30000000000000004, "grad_norm": None, "tokens_per_second": None}
     file.close()
 

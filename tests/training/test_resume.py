@@ -1,5 +1,6 @@
 """A stopped run goes on as if it had not stopped; what stands in the way is said, and nothing is lost in silence."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -138,11 +139,14 @@ def test_other_data_is_read_from_its_beginning_and_it_is_said(run_distributed: A
 
 
 def test_metrics_are_cut_back_to_the_restored_step(run_distributed: Any, tmp_path: Path) -> None:
-    run_distributed(run, 1, tmp_path, QUICK, 6)
+    settings = QUICK | {"data__split": [0.8, 0.2, 0.0], "evaluation__interval": 1, "evaluation__rows": 2}
+    run_distributed(run, 1, tmp_path, settings, 6)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "loss": 1.0')  # as a crash leaves it
-    run_distributed(run, 1, tmp_path, QUICK)
+    run_distributed(run, 1, tmp_path, settings)
     assert [record["step"] for record in metrics(tmp_path)] == list(range(1, 8))
+    lines = (tmp_path / "evaluation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 8))
 
 
 def test_a_run_killed_before_its_first_save_begins_anew(run_distributed: Any, tmp_path: Path) -> None:

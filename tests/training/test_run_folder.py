@@ -31,8 +31,8 @@ def test_a_file_system_without_locks_is_no_other_run_and_told(
 
 def test_a_former_configuration_is_kept_whatever_it_holds(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(b"\xff")
-    write_description(tmp_path, small(), 1)
+    write_description(tmp_path, small(), 1, 101)
     kept = list(tmp_path.glob("config.until-*.yaml"))
     assert [path.read_bytes() for path in kept] == [b"\xff"]
-    write_description(tmp_path, small(), 1)
+    write_description(tmp_path, small(), 1, 101)
     assert list(tmp_path.glob("config.until-*.yaml")) == kept

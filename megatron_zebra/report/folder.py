@@ -1,0 +1,178 @@
+"""All that a report shows of one run folder."""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_zebra.checkpoint.catalog import entries
+from megatron_zebra.config.check import problems
+from megatron_zebra.config.derived import longest_sequence, ranks_per_replica
+from megatron_zebra.config.load import load_config
+from megatron_zebra.config.sections import Config
+from megatron_zebra.errors import UserError
+from megatron_zebra.model.architecture import Architecture, resolve
+from megatron_zebra.parallel.layout import Layout
+from megatron_zebra.pipeline.split import stages_of
+from megatron_zebra.planning.stages import Stages
+from megatron_zebra.report.run import (
+    ByPosition,
+    Metrics,
+    Series,
+    read_by_position,
+    read_evaluations,
+    read_json,
+    read_metrics,
+)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Shares of exact answers [lengths, depths], nan where nothing was asked."""
+
+    lengths: list[str]
+    depths: list[str]
+    exact: Series
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint's step and bytes; ``complete``: it has its index."""
+
+    step: int
+    bytes: int
+    complete: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read. What older runs did not write is None or empty.
+
+    vocabulary: whether the architecture's is known.
+    layout: None where the number of processes is not known.
+    evaluations: of each of training's evaluations the step, and by set the loss by position.
+    evaluated: the same of tools/evaluate.py perplexity.
+    answers: by task, of tools/evaluate.py answers and retrieval.
+    """
+
+    name: str
+    folder: Path
+    config: Config
+    arch: Architecture
+    vocabulary: bool
+    layout: Layout | None
+    metrics: Metrics
+    evaluations: list[tuple[int, dict[str, ByPosition]]]
+    evaluated: dict[str, ByPosition]
+    answers: dict[str, Exact]
+    checkpoints: list[Saved]
+
+    @property
+    def stages(self) -> Stages:
+        return stages_of(self.config, self.arch)
+
+
+def read_runs(folders: list[Path]) -> list[Run]:
+    """Read each folder; a run goes by its folder's name, or where two have the same by the path as given.
+
+    Raises:
+        UserError: a folder is none, is given twice, or a file in it is missing or broken.
+    """
+    places = [folder.resolve() for folder in folders]
+    for folder, place in zip(folders, places):
+        if places.count(place) > 1:
+            raise UserError(f"{folder}: is given twice")
+    runs = [read_run(folder) for folder in folders]
+    names = [run.name for run in runs]
+    return [run if names.count(run.name) == 1 else replace(run, name=str(run.folder)) for run in runs]
+
+
+def read_run(folder: Path) -> Run:
+    """
+    Raises:
+        UserError: it is no run folder, or a file in it is missing or broken.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is no run folder" if folder.exists() else f"{folder}: no such run folder")
+    metrics = read_metrics(folder / "metrics.jsonl")
+    environment = _environment(folder / "environment.json")
+    world_size = environment.get("world_size")
+    config = _config(folder / "config.yaml", world_size)
+    parallel, vocab_size = config.parallel, environment.get("vocab_size") or config.model.vocab_size
+    perplexity = folder / "evaluation" / "perplexity.json"
+    return Run(
+        name=folder.resolve().name,
+        folder=folder,
+        config=config,
+        arch=resolve(config.model, vocab_size or 1, longest_sequence(config)),
+        vocabulary=bool(vocab_size),
+        layout=Layout.of(world_size, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp) if world_size else None,
+        metrics=metrics,
+        evaluations=read_evaluations(folder / "evaluation.jsonl"),
+        evaluated=read_by_position(perplexity) if perplexity.exists() else {},
+        answers=_answers(folder / "evaluation"),
+        checkpoints=_checkpoints(folder / "checkpoints"),
+    )
+
+
+def _environment(file: Path) -> dict[str, int]:
+    """The whole numbers of environment.json; empty where there is none."""
+    document = read_json(file) if file.exists() else {}
+    if not isinstance(document, dict):
+        raise UserError(f"{file}: is not what training writes (an object)")
+    return {name: value for name, value in document.items() if type(value) is int and value > 0}
+
+
+def _config(file: Path, world_size: int | None) -> Config:
+    try:
+        config = load_config(file, {})
+    except UserError as error:
+        line = str(error).splitlines()[0].removeprefix("--config ")
+        raise UserError(line if str(file) in line else f"{file}: {line}") from None
+    if wrong := problems(config, world_size or ranks_per_replica(config.parallel)):
+        raise UserError(f"{file}: {wrong[0]}")
+    return config
+
+
+def _answers(folder: Path) -> dict[str, Exact]:
+    found: dict[str, Exact] = {}
+    for name in ("answers", "retrieval"):
+        if (file := folder / f"{name}.json").exists():
+            grids = dict(_grids(read_json(file), str(file)))
+            if not grids:
+                raise UserError(f"{file}: is not an evaluation's result (exact by lengths and depth_edges)")
+            found |= {task or name: grid for task, grid in grids.items()}
+    return found
+
+
+def _grids(document: Any, where: str, task: str = "") -> list[tuple[str, Exact]]:
+    """Each table of ``evaluation.answers.tables`` in the document, at whatever depth, by the name that it stands under."""
+    if not isinstance(document, dict):
+        return []
+    if not {"lengths", "depth_edges", "exact"} <= document.keys():
+        return [grid for name, inner in document.items() for grid in _grids(inner, where, str(name))]
+    try:
+        exact = np.array(document["exact"], dtype=np.float64)
+        edges = [f"{edge:g}" for edge in document["depth_edges"]]
+        grid = Exact([f"{length:,}" for length in document["lengths"]], list(map("–".join, pairwise(edges))), exact)
+    except (ValueError, TypeError):
+        raise UserError(f"{where}: lengths, depth_edges and exact are not numbers") from None
+    if exact.shape != (len(grid.lengths), len(grid.depths)):
+        raise UserError(f"{where}: exact must have a row a length and a column a depth")
+    return [(task, grid)]
+
+
+def _checkpoints(root: Path) -> list[Saved]:
+    try:
+        return [
+            Saved(
+                entry.step,
+                sum(file.stat().st_size for file in entry.folder.rglob("*") if file.is_file()),
+                entry.complete,
+            )
+            for entry in entries(root)
+        ]
+    except OSError as error:
+        raise UserError(f"{root}: cannot be read ({error.strerror})") from None
