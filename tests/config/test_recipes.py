@@ -32,6 +32,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
         "rope_theta": 500000.0,
     },
+    "adapt-llama3-8b-1m": LLAMA
+    | {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+    },
     "adapt-qwen3-8b-128k": {
         "model_type": "qwen3",
         "hidden_size": 4096,
@@ -62,6 +73,7 @@ MODELS: dict[str, dict[str, Any]] = {
 EXPECTED = {
     "adapt-llama2-7b-32k": (8, "6,738,415,616", 8, 32768, "linear"),
     "adapt-llama3-8b-128k": (16, "8,030,261,248", 8, 131072, "llama3"),
+    "adapt-llama3-8b-1m": (64, "8,030,261,248", 8, 1048576, "none"),
     "adapt-qwen3-8b-128k": (16, "8,190,735,360", 9, 131072, "yarn"),
     "adapt-smollm2-135m-12k": (2, "134,515,008", 10, 12288, "yarn"),
 }
