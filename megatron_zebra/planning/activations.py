@@ -13,13 +13,14 @@ where memory can be highest:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from megatron_zebra.attention.window import Window, fetched_range
 from megatron_zebra.config.sections import Parallel
 from megatron_zebra.model.architecture import Architecture
-from megatron_zebra.parallel.context.layout import stretches
+from megatron_zebra.parallel.context.layout import Order, stretches
 from megatron_zebra.parallel.context.plan import tokens_sent
 from megatron_zebra.parallel.sharding import Sharding
 from megatron_zebra.planning.parameters import heads_used
@@ -173,7 +174,9 @@ class _Rank:
 
     def keys(self, window: Window) -> tuple[int, int]:
         """(keys that the kernel is given, tokens received for them) on the rank that has most; without cp its own, 0."""
-        return _keys(self.parallel, self.tokens * self.parallel.cp // self.rows, self.rows, window)
+        cp, order = self.parallel.cp, self.parallel.cp_order
+        keys, received = _keys(cp, order, self.tokens * cp // self.rows, window)
+        return self.rows * keys, self.rows * received
 
     def fetched_kept(self, window: Window) -> int:
         """Of a layer: keys and values that the kernel keeps beyond the rank's own."""
@@ -222,14 +225,14 @@ class _Rank:
         return max(exponentials, logits * (FP32 + e) + head * (e + (FP32 if self.on_cpu else 0)))
 
 
-def _keys(parallel: Parallel, length: int, rows: int, window: Window) -> tuple[int, int]:
-    """See ``_Rank.keys``; rows of ``length`` tokens, each one document."""
-    cp, order = parallel.cp, parallel.cp_order
+@lru_cache(maxsize=256)
+def _keys(cp: int, order: Order, length: int, window: Window) -> tuple[int, int]:
+    """See ``_Rank.keys``, of one row of ``length`` tokens, one document."""
     if cp == 1:
-        return rows * length, 0
+        return length, 0
     given = [
         sum(stop - fetched_range(start, 0, window)[0] for start, stop in stretches(rank, cp, 1, length, order).tolist())
         for rank in range(cp)
     ]
     sent = tokens_sent(np.array([0, length]), 1, length, cp, order, window)
-    return rows * max(given), rows * int(sent.sum(axis=0).max())
+    return max(given), int(sent.sum(axis=0).max())

@@ -18,6 +18,7 @@ DeepSpeed 0.19.8 all-reduces under stages 1 and 2 (``use_multi_rank_bucket_allre
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -27,6 +28,7 @@ from megatron_zebra.attention.window import Int64, Window
 from megatron_zebra.config.sections import Config
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.trained import is_trained
+from megatron_zebra.parallel.context.layout import Order
 from megatron_zebra.parallel.context.plan import tokens_received, tokens_sent
 from megatron_zebra.parallel.layout import Layout
 from megatron_zebra.parallel.sharding import Sharding
@@ -60,7 +62,7 @@ def step_bytes(
     layers = Counter(arch.window(layer) for layer in stages.layers_of_rank(pp_rank))
     for window, number in layers.items():
         alike = count if batches is None else 1
-        for cu_seqlens in [np.arange(rows + 1) * length] if batches is None else batches:
+        for cu_seqlens in [None] if batches is None else batches:
             received = context_bytes(arch, config, window, cu_seqlens, length)[cp_rank]
             total["cp global" if window is None else "cp local"] += number * alike * int(received)
     tokens = rows * length // layout.cp
@@ -79,28 +81,36 @@ def step_bytes(
 def busiest_bytes(arch: Architecture, config: Config, layout: Layout, stages: Stages) -> Counter[str]:
     """``step_bytes`` of the rank that receives most, every row one document."""
     length = config.data.sequence_length
-    rows = np.arange(config.training.micro_batch_size + 1) * length
     windows = Counter(map(arch.window, range(arch.num_layers)))
-    fetched = sum(count * context_bytes(arch, config, window, rows, length) for window, count in windows.items())
+    fetched = sum(count * context_bytes(arch, config, window, None, length) for window, count in windows.items())
     cp_rank = int(np.argmax(fetched))
     of_ranks = (step_bytes(arch, config, layout, stages, pp_rank, cp_rank) for pp_rank in range(layout.pp))
     return max(of_ranks, key=lambda received: received.total())
 
 
 def context_bytes(
-    arch: Architecture, config: Config, window: Window, cu_seqlens: npt.ArrayLike, sequence_length: int
+    arch: Architecture, config: Config, window: Window, cu_seqlens: npt.ArrayLike | None, sequence_length: int
 ) -> Int64:
     """What each context-parallel rank receives for one layer and micro-batch, forward and backward: [cp].
 
-    ``cu_seqlens``: boundaries of the documents of all rows of the micro-batch.
+    ``cu_seqlens``: boundaries of the documents of all rows of the micro-batch; None: each row is one.
     """
     parallel = config.parallel
-    rows = int(np.asarray(cu_seqlens)[-1]) // sequence_length
-    sent = tokens_sent(cu_seqlens, rows, sequence_length, parallel.cp, parallel.cp_order, window)
+    if cu_seqlens is None:
+        sent = config.training.micro_batch_size * _whole_row(sequence_length, parallel.cp, parallel.cp_order, window)
+    else:
+        rows = int(np.asarray(cu_seqlens)[-1]) // sequence_length
+        sent = tokens_sent(cu_seqlens, rows, sequence_length, parallel.cp, parallel.cp_order, window)
     again = config.training.recompute != "none" or (window is None and not parallel.cp_keep_fetched)
     tokens = tokens_received(sent, fetches=2 if again else 1)
     row = 2 * heads_used(arch, parallel.tp)[1] * arch.head_dim * weight_bytes(config)
     return tokens * row
+
+
+@lru_cache(maxsize=256)
+def _whole_row(length: int, cp: int, order: Order, window: Window) -> Int64:
+    """``tokens_sent`` of a row that is one document. A search asks for the same again and again."""
+    return tokens_sent([0, length], 1, length, cp, order, window)
 
 
 def tensor_bytes(arch: Architecture, config: Config, layers: int, first: bool, last: bool, tokens: int) -> int:

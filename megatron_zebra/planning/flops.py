@@ -102,11 +102,8 @@ def uncut_flops(arch: Architecture, lengths: Lengths) -> Flops:
 
 def matrix_parameters(arch: Architecture) -> tuple[int, int]:
     """Weights that each token is multiplied with: (in the blocks, in the head). The embedding is a lookup."""
-    shapes = arch.parameter_shapes()
-    blocks = sum(
-        shape[0] * shape[1] for name, shape in shapes.items() if name.startswith("layers.") and len(shape) == 2
-    )
-    return blocks, arch.vocab_size * arch.hidden_size
+    h, q, kv = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    return arch.num_layers * h * (2 * q + 2 * kv + 3 * arch.ffn_hidden_size), arch.vocab_size * h
 
 
 def _flops(arch: Architecture, tokens: int, pairs: int) -> Flops:

@@ -1,5 +1,6 @@
 """How many parameters there are, and how many a rank holds. Pure: no torch."""
 
+from dataclasses import replace
 from math import prod
 
 from megatron_zebra.config.sections import Config, Lora, Parallel, Training
@@ -33,9 +34,11 @@ def held_parameters(
         training: what is frozen and which adapters there are; None: neither.
     """
     training = training or Training()
+    # All layers are alike: those of one are counted as often as there are.
+    layers, one = len(stages.layers_of_rank(pp_rank)), replace(arch, layer_kinds=arch.layer_kinds[:1])
     sizes = [
-        (prod(shape), is_trained(name, training))
-        for name, shape in held_shapes(arch, parallel, stages, pp_rank, training.lora)
+        (prod(shape) * (layers if name.startswith("layers.") else 1), is_trained(name, training))
+        for name, shape in _held(one, {0}, parallel, stages, pp_rank, training.lora)
     ]
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
@@ -44,9 +47,14 @@ def held_shapes(
     arch: Architecture, parallel: Parallel, stages: Stages, pp_rank: int, lora: Lora
 ) -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes of those, as they are in memory (all tensor-parallel ranks have the same)."""
+    return _held(arch, set(stages.layers_of_rank(pp_rank)), parallel, stages, pp_rank, lora)
+
+
+def _held(
+    arch: Architecture, layers: set[int], parallel: Parallel, stages: Stages, pp_rank: int, lora: Lora
+) -> list[tuple[str, tuple[int, ...]]]:
     sharding = Sharding(parallel.tp, 0, arch.num_kv_heads, parallel.vocab_multiple)
     held = stages.of_rank(pp_rank)
-    layers = set(stages.layers_of_rank(pp_rank))
     found = []
     for name, shape in (arch.parameter_shapes() | adapter_shapes(arch, lora)).items():
         part, *rest = name.split(".")

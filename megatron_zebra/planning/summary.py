@@ -4,8 +4,6 @@ import itertools
 from collections.abc import Sequence
 from math import prod
 
-import numpy as np
-
 from megatron_zebra.config.derived import longest_sequence, ranks_per_replica
 from megatron_zebra.config.load import to_yaml
 from megatron_zebra.config.sections import Config, Training
@@ -202,7 +200,6 @@ def _bytes_title(config: Config) -> str:
 
 def _communication(config: Config, arch: Architecture, layout: Layout, stages: Stages) -> list[str]:
     length = config.data.sequence_length
-    row = np.arange(config.training.micro_batch_size + 1) * length
     busiest = busiest_bytes(arch, config, layout, stages)
     notes = {
         "tp": "activations, gathered and summed",
@@ -212,7 +209,7 @@ def _communication(config: Config, arch: Architecture, layout: Layout, stages: S
     }
     for name, window in (("cp local", arch.window_size), ("cp global", None)):
         if name in busiest:
-            each = int(context_bytes(arch, config, window, row, length).max())
+            each = int(context_bytes(arch, config, window, None, length).max())
             notes[name] = f"keys, values and their gradients: {_bytes(each)} a layer and micro-batch"
     rows = [
         (name, _bytes(busiest[name]), notes[name])

@@ -1,5 +1,6 @@
 """What tools/plan.py prints."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 
 from megatron_zebra.config.sections import Config
@@ -44,15 +45,15 @@ def ranked(plans: Sequence[Plan], fitting: int, tokens: float) -> str:
 
 
 def refusals(refused: Mapping[str, Sequence[Config]]) -> str:
-    """Why the other layouts are not among them, the commonest reason first."""
+    """Why the other layouts are not among them: each rule once, with the commonest case of it."""
     if not refused:
         return ""
+    rules: dict[str, list[tuple[int, str]]] = {}
+    for reason, configs in refused.items():
+        rules.setdefault(re.sub(r"\d+", "n", reason), []).append((len(configs), reason))
     lines = ["\n# the others"]
-    for reason, configs in sorted(refused.items(), key=lambda item: -len(item[1])):
-        if len(lines) > 12:
-            lines.append(f"  ... and {len(refused) - 12} reasons more")
-            break
-        lines.append(f"  {len(configs):>4}  {reason}")
+    for cases in sorted(rules.values(), key=lambda cases: -sum(count for count, _ in cases)):
+        lines.append(f"  {sum(count for count, _ in cases):>4}  {'such as ' if len(cases) > 1 else ''}{max(cases)[1]}")
     return "\n".join(lines)
 
 

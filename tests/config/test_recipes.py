@@ -32,6 +32,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
         "rope_theta": 500000.0,
     },
+    "adapt-llama3-8b-1m": LLAMA
+    | {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+    },
     "adapt-qwen3-8b-128k": {
         "model_type": "qwen3",
         "hidden_size": 4096,
@@ -58,12 +69,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-# (processes, parameters, global layers, longest, scaling)
+# (processes, parameters, global layers, longest, what of RoPE changes)
 EXPECTED = {
-    "adapt-llama2-7b-32k": (8, "6,738,415,616", 8, 32768, "linear"),
-    "adapt-llama3-8b-128k": (16, "8,030,261,248", 8, 131072, "llama3"),
-    "adapt-qwen3-8b-128k": (16, "8,190,735,360", 9, 131072, "yarn"),
-    "adapt-smollm2-135m-12k": (2, "134,515,008", 10, 12288, "yarn"),
+    "adapt-llama2-7b-32k": (8, "6,738,415,616", 8, 32768, "scaling linear"),
+    "adapt-llama3-8b-128k": (16, "8,030,261,248", 8, 131072, "scaling llama3"),
+    "adapt-llama3-8b-1m": (64, "8,030,261,248", 8, 1048576, "theta 200000000.0"),
+    "adapt-qwen3-8b-128k": (16, "8,190,735,360", 9, 131072, "scaling yarn"),
+    "adapt-smollm2-135m-12k": (2, "134,515,008", 10, 12288, "scaling yarn"),
 }
 
 
@@ -74,7 +86,7 @@ def test_every_recipe_of_adaptation_is_tried() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_dry_run_passes(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(MODELS[name]))
-    processes, parameters, layers, longest, scaling = EXPECTED[name]
+    processes, parameters, layers, longest, rope = EXPECTED[name]
     words = ["--config", str(RECIPES / f"{name}.yaml"), "--checkpoint.load", str(tmp_path), "--data.train", "[]"]
     words += ["--data.synthetic.documents", "200", "--data.synthetic.mean_length", "100000"]
     words += ["--logging.run_dir", str(tmp_path / "run")]
@@ -84,7 +96,7 @@ def test_a_dry_run_passes(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert f" {parameters}\n" in out
     assert f"█ {layers} global" in out
     assert f"max_length: {longest}, the loaded model has" in out
-    assert f"rope of global layers: scaling {scaling}, factor" in out
+    assert f"rope of global layers: {rope}" in out
     total = next(line.split() for line in out.split("# memory")[1].splitlines() if line.startswith("  total"))
     assert float(total[1]) < 76, "GiB of a GPU of 80 GB"
     assert total[2] == "GiB"

@@ -1,0 +1,62 @@
+"""tools/plan.py as a user runs it."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = "launch/recipes/pretrain-70b-128k.yaml"
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "tools/plan.py", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus"), [("launch/recipes/adapt-llama3-8b-1m.yaml", "64"), (RECIPE, "512")], ids=["8B 1M", "70B 128k"]
+)
+def test_a_search_prints_a_ranked_table_in_seconds(recipe: str, gpus: str) -> None:
+    began = time.monotonic()
+    done = run("--config", recipe, "--gpus", gpus, "--gpu", "h100", "--search", "--tokens", "1e9")
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 30  # 2 to 5 on an idle machine
+    lines = done.stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if "layouts that fit" in line)
+    table = [line.split() for line in lines[start + 2 : lines.index("", start + 1)]]
+    assert len(table) > 5
+    seconds = [float(row[7]) for row in table]
+    assert seconds == sorted(seconds)
+    assert all(int(tp) * int(cp) * int(pp) * int(dp) == int(gpus) for tp, cp, pp, dp, *_ in table)
+    assert "# the others" in lines
+
+
+def test_a_layout_by_length_and_its_picture(tmp_path: Path) -> None:
+    words = ["--config", RECIPE, "--gpus", "512", "--gpu", "H200", "--lengths", "32768", "131072"]
+    done = run(*words, "--training.recompute", "none", "--output", str(tmp_path / "plan.png"))
+    assert done.returncode == 0, done.stderr
+    assert "pp 4 x dp 4 x cp 4 x tp 8  ZeRO-1  recompute none" in done.stdout
+    assert "131,072" in done.stdout
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--gpus", "512", "--gpu", "h1000"], "--gpu h1000: is not known (allowed: gb300, "),
+        (["--gpus", "0", "--gpu", "h100"], "--gpus 0: must be above 0"),
+        (["--gpus", "100", "--gpu", "h100"], "parallel.tp x cp x pp = 8 x 4 x 4 = 128: must divide the 100 processes"),
+        (["--gpus", "512", "--gpu", "h100", "--parallel.tpp", "2"], "parallel.tpp: "),
+        (["--gpus", "512", "--gpu", "h100", "--model.vocab_size", "null"], "model.vocab_size = null: must be given"),
+        (["--gpus", "512", "--gpu", "h100", "--output", "x.png"], "--output: draws the comparison of --lengths"),
+    ],
+)
+def test_a_mistake_is_one_line(words: list[str], line: str) -> None:
+    done = run("--config", RECIPE, *words)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {line}")
+    assert done.stderr.count("\n") == 1
