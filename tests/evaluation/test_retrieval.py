@@ -108,7 +108,10 @@ def test_an_example_is_as_long_as_asked_and_says_the_answer_once(tokenizer: Toke
             assert prompt.startswith(HEAD)
             assert len(answers) == {"needles": 3, "words": 3}.get(task, 1) == len(example.depths)
             text, _, asked = prompt.rpartition("\n\n")
-            assert [answer[: 2 if n else 1] for n, answer in enumerate(answers)] == [" ", ", ", ", "][: len(answers)]
+            if not prompt.endswith('"'):  # a password in quotes
+                assert [answer[: 2 if n else 1] for n, answer in enumerate(answers)] == [" ", ", ", ", "][
+                    : len(answers)
+                ]
             words = [answer.lstrip(", ") for answer in answers]
             assert [text.count(word) for word in words] == ([8, 4, 2] if task == "words" else [1] * len(words))
             assert not any(word in asked for word in words)
