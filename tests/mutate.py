@@ -367,9 +367,30 @@ MUTATIONS = [
     Mutation(
         "in an evaluation every tp rank adds its loss",
         "megatron_zebra/evaluation/loss.py",
-        "token_losses is not None and grid.tp.rank == 0:",
-        "token_losses is not None:",
+        "token_losses is None or grid.tp.rank:",
+        "token_losses is None:",
         "tests/evaluation",
+    ),
+    Mutation(
+        "a sliding window counts what the one before counted",
+        "megatron_zebra/data/rows.py",
+        "            if not self._begins_document(start):\n",
+        "            if start < 0:\n",
+        "tests/evaluation/test_perplexity.py -k sliding",
+    ),
+    Mutation(
+        "a sliding window leaves out one token more",
+        "megatron_zebra/data/rows.py",
+        "self._seen_before = sequence_length - stride",
+        "self._seen_before = sequence_length - stride + 1",
+        "tests/evaluation/test_perplexity.py -k sliding",
+    ),
+    Mutation(
+        "documents of a row are not divided as its tokens are",
+        "megatron_zebra/evaluation/loss.py",
+        "of = of[batch.segments.local_index]",
+        "of = of[: len(token_losses)]",
+        "tests/evaluation/test_perplexity.py -k divide",
     ),
     Mutation(
         "tokens of a row count on every rank that shares it",

@@ -10,22 +10,18 @@ Under torchrun the processes share the work out.
 
 import argparse
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_zebra.errors import UserError, run_tool
+from megatron_zebra.evaluation.tasks.common import Parser
 
 TASKS = {
     "perplexity": "loss by data set and by position, bits per byte",
     "answers": "exact match of answers by length and depth",
     "retrieval": "what is found again in long texts, by task, length and depth",
+    "harness": "short-context tasks through lm-eval",
+    "logits": "logits of given token ids, for comparing with other frameworks",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,7 +29,8 @@ def parser() -> argparse.ArgumentParser:
     tasks = top.add_subparsers(dest="task", required=True)
     for name, told in TASKS.items():
         module = task_module(name)
-        module.arguments(tasks.add_parser(name, help=told, description=module.__doc__))
+        task = tasks.add_parser(name, help=told, description=module.__doc__, formatter_class=top.formatter_class)
+        module.arguments(task)
     return top
 
 

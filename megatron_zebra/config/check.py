@@ -50,6 +50,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         *_batch(config, world_size),
         *_optimizer(config),
         *_frozen(config),
+        *_evaluation(config),
         *_deepspeed(config),
     ]
 
@@ -326,6 +327,22 @@ def _frozen(config: Config) -> Iterator[str]:
             f"training.distill.teacher: cannot be used with parallel.pp = {config.parallel.pp} (allowed: 1): the teacher's last "
             "layer has to lie where the model's is"
         )
+
+
+def _evaluation(config: Config) -> Iterator[str]:
+    tasks = config.evaluation.tasks
+    names = [task.name or task.task for task in tasks]
+    for number, (task, name) in enumerate(zip(tasks, names)):
+        path = f"evaluation.tasks[{number}]"
+        if name in names[:number]:
+            yield f"{path}.name = {task.name or 'null'}: another task is named '{name}' too; give each a name of its own"
+        for key, value in (("parallel.pp", config.parallel.pp), ("optimizer.zero_stage", config.optimizer.zero_stage)):
+            most = 1 if key == "parallel.pp" else 2
+            if task.task != "perplexity" and value > most:
+                yield (
+                    f"{path}.task = {task.task}: needs all layers whole on a rank, which {key} = {value} does not leave "
+                    f"(allowed: perplexity; or {key} up to {most})"
+                )
 
 
 def _deepspeed(config: Config) -> Iterator[str]:

@@ -291,11 +291,25 @@ class Checkpoint(Section):
     )
 
 
+class EvaluationTask(Section):
+    """A task of tools/evaluate.py, run on the model in training; its result is run_dir/evaluation/NAME-step-N.json."""
+
+    task: Literal["perplexity", "answers", "retrieval", "harness"] = key(..., "as in tools/evaluate.py")
+    interval: int = key(..., "steps between two of its runs (one more at the end)", "steps", ge=1)
+    name: str | None = key(None, "in metrics, and of its files; null = the task's", pattern=r"^[\w.-]+$")
+    options: dict[str, Any] = key(
+        {}, "by name, as of tools/evaluate.py TASK: {data: [data/held-out], sequence_length: [2048, 8192], stride: 512}"
+    )
+
+
 class Evaluation(Section):
     """Validation during training."""
 
     interval: int = key(0, "steps between validations (one more at the end); 0 = never", "steps", ge=0)
     rows: int = key(64, "rows read of each set, at most", "rows", ge=1)
+    tasks: list[EvaluationTask] = key(
+        [], "further ways to judge the model: [{task: retrieval, interval: 1000, options: {text: [books]}}, ...]"
+    )
 
 
 class Wandb(Section):

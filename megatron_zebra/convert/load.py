@@ -1,4 +1,4 @@
-"""A decoder with the weights of a model source: whole, or one tensor-parallel rank's part."""
+"""A decoder with the weights of a model source: whole, or the part of one rank."""
 
 from typing import Any
 
@@ -18,14 +18,16 @@ def load_decoder(
     dtype: torch.dtype,
     *,
     tp: Group | None = None,
+    layers: range | None = None,
     vocab_multiple: int = 1,
     backend: str = "auto",
 ) -> Decoder:
-    """The model of ``source`` for inference; its weights are cast to ``dtype``, one tensor at a time."""
+    """The model of ``source``, or the stage of it with ``layers``, for inference; its weights are cast to ``dtype``, one
+    tensor at a time."""
     arch, tp = source.architecture, tp or Group.alone("tp")
     sharding = Sharding(tp.size, tp.rank, arch.num_kv_heads, vocab_multiple)
     init = Initializer(0, 0.02, arch.num_layers, dtype, device, tp, sharding, trained=lambda name: False, blank=True)
-    model = Decoder(arch, init, backend=backend)
+    model = Decoder(arch, init, layers=layers, backend=backend)
     param: Any
     for param in model.parameters():
         box = param.box

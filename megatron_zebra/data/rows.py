@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -77,8 +78,11 @@ def build_row(
 class OnePass:
     """Each token of a source once as an input, for evaluation: rows [0, len) in the order of the source, the last padded.
 
-    ``whole_documents``: rows of best-fit packing instead, in which no document that fits a row is cut. With a ``limit`` below the number of rows, that many rows at even distances. Rows from len on are padding without a
-    target, so that any number of ranks can read the same number of rows.
+    ``whole_documents``: rows of best-fit packing instead, in which no document that fits a row is cut. ``stride``: sliding
+    windows instead. Each document is read in windows of S tokens, every one beginning ``stride`` tokens after the one before,
+    and each target counts once, in the first window that has it: all but a document's first S see at least S - stride tokens
+    before. With a ``limit`` below the number of rows, that many rows at even distances. Rows from len on are padding without
+    a target, so that any number of ranks can read the same number of rows.
     """
 
     def __init__(
@@ -89,13 +93,16 @@ class OnePass:
         attend_across_documents: bool = False,
         number: int = 0,
         whole_documents: bool = False,
+        stride: int | None = None,
     ) -> None:
         self._source, self._length, self._number = source, sequence_length, number
         self._attend_across_documents = attend_across_documents
-        self._packed = None
-        if whole_documents:
-            bounds = source.document_bounds()
-            self._packed = pack(bounds[:-1], np.diff(bounds), sequence_length)
+        self._packed, self._seen_before = None, 0
+        if stride is not None:
+            self._packed = pack(*_windows(self._bounds, sequence_length, stride), sequence_length)
+            self._seen_before = sequence_length - stride
+        elif whole_documents:
+            self._packed = pack(self._bounds[:-1], np.diff(self._bounds), sequence_length)
         self._rows = -(-source.tokens // sequence_length) if self._packed is None else self._packed.rows
         self._taken = self._rows if limit is None else min(limit, self._rows)
 
@@ -108,10 +115,44 @@ class OnePass:
 
     def read(self, row: int) -> Row:
         """The row of this number."""
-        spans: list[Span] = []
-        if row < self._taken:
-            place = row * self._rows // self._taken
-            start = place * self._length
-            end = min(start + self._length, self._source.tokens)
-            spans = [(start, end)] if self._packed is None else self._packed.spans(place)
-        return build_row(self._source, spans, self._length, self._number, self._attend_across_documents)
+        spans = self._spans(row)
+        built = build_row(self._source, spans, self._length, self._number, self._attend_across_documents)
+        filled = 0
+        for start, stop in spans if self._seen_before else ():
+            if not self._begins_document(start):
+                built.labels[filled : filled + self._seen_before] = IGNORE
+            filled += stop - start
+        return built
+
+    def documents(self, row: int) -> Tokens:
+        """The source's document that each token of a row is of, by number: int64 [S], -1 for padding."""
+        of = [np.searchsorted(self._bounds, np.arange(start, stop), "right") - 1 for start, stop in self._spans(row)]
+        found = np.concatenate([np.empty(0, np.int64), *of])
+        return np.pad(found, (0, self._length - found.size), constant_values=-1)
+
+    @cached_property
+    def _bounds(self) -> Tokens:
+        return self._source.document_bounds()
+
+    def _spans(self, row: int) -> list[Span]:
+        if row >= self._taken:
+            return []
+        place = row * self._rows // self._taken
+        if self._packed is not None:
+            return self._packed.spans(place)
+        start = place * self._length
+        return [(start, min(start + self._length, self._source.tokens))]
+
+    def _begins_document(self, start: int) -> bool:
+        return bool(self._bounds[np.searchsorted(self._bounds, start)] == start)
+
+
+def _windows(bounds: Tokens, length: int, stride: int) -> tuple[Tokens, Tokens]:
+    """Starts and lengths of the windows of documents with these ``bounds``; a document's last token has no target."""
+    sizes = np.diff(bounds)
+    counts = np.where(sizes > 0, 1 + np.maximum(0, -(-(sizes - 1 - length) // stride)), 0)
+    number = np.arange(int(counts.sum())) - np.repeat(
+        np.cumsum(counts) - counts, counts
+    )  # of the window in its document
+    starts = np.repeat(bounds[:-1], counts) + number * stride
+    return starts, np.minimum(length, np.repeat(bounds[1:], counts) - starts)

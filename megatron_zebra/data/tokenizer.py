@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,7 @@ class Tokenizer(Protocol):
     """Text to ids and back. Ids are 0 to ``vocab_size`` - 1; ``eod_id`` ends a document; ``hash`` is that of the file.
 
     Nothing is added to a text (no beginning-of-sequence token), and the names of special tokens in a text are text.
+    ``prefix`` are the special tokens that the file's own rules would put before a text, ``special`` all that it has.
     """
 
     name: str
@@ -22,6 +24,8 @@ class Tokenizer(Protocol):
     hash: str
     vocab_size: int
     eod_id: int
+    prefix: list[int]
+    special: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text."""
@@ -70,6 +74,8 @@ class SentencePieceTokenizer:
                 f"{path}: not a tokenizer; allowed are SentencePiece .model and Hugging Face tokenizer.json files"
             )
         self.name, self.hash = path.name, hashlib.sha256(data).hexdigest()
+        self.prefix: list[int] = []  # whether there is one is not in such a file
+        self.special = frozenset(filter(self._model.IsControl, range(self.vocab_size)))
         eos = self._model.eos_id() if eod_token is None and self._model.eos_id() >= 0 else None
         self.eod_id = _find_eod(self, path, eod_token) if eos is None else eos
 
@@ -110,6 +116,10 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         self.name, self.hash = path.name, hashlib.sha256(data).hexdigest()
         self.eod_id = _find_eod(self, path, eod_token)
+        added = self._model.get_added_tokens_decoder()
+        self.special = frozenset(number for number, token in added.items() if token.special)
+        told = self._model.encode("a", add_special_tokens=True)
+        self.prefix = [number for number, _ in takewhile(lambda pair: pair[1], zip(told.ids, told.special_tokens_mask))]
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids

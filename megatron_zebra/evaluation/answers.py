@@ -15,12 +15,14 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from megatron_zebra.attention.contract import Segments
 from megatron_zebra.data.chat import conversations
 from megatron_zebra.data.chat_template import ChatTemplate
 from megatron_zebra.data.inputs import InputOptions, find_files, read_chunks
 from megatron_zebra.errors import UserError
+from megatron_zebra.inference.packed import packed_states
 from megatron_zebra.model.decoder import Decoder
+from megatron_zebra.parallel.grid import Grid
+from megatron_zebra.parallel.process import sum_over
 
 _AT_ONCE = 1024  # positions whose logits exist at once
 Floats = npt.NDArray[np.float64]
@@ -104,12 +106,20 @@ def judge(
     return Answered(*columns)
 
 
+def judge_together(
+    model: Decoder, examples: Sequence[Example], grid: Grid, progress: Callable[[], object] = lambda: None
+) -> Answered:
+    """``judge`` by all ranks, which share the examples out; the same on all. Each rank has the whole stack of layers."""
+    found = judge(model, examples, grid.device, slice(grid.data.rank, None, grid.data.size), progress)
+    first = grid.tp.rank == 0  # the others have the same
+    columns = [sum_over((column * first).tolist(), grid.device) for column in (found.exact, found.loss, found.tokens)]
+    return Answered(*map(np.array, columns))
+
+
 def _compare(model: Decoder, tokens: torch.Tensor, at: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Of the tokens at ``at``, some at a time: whether each is the most likely one, and its loss."""
     assert model.head is not None
-    inputs = tokens[:-1]
-    positions = torch.arange(len(inputs), device=inputs.device)
-    states = model.states(inputs, positions, Segments.from_lengths([len(inputs)], device=inputs.device))
+    states = packed_states(model, [tokens[:-1]])
     for place in at.split(_AT_ONCE):
         logits, wanted = model.head.logits(states[place - 1]).float(), tokens[place]
         yield logits.argmax(-1) == wanted, F.cross_entropy(logits, wanted, reduction="none")

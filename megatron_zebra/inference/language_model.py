@@ -8,6 +8,7 @@ from megatron_zebra.attention.attending import Attending
 from megatron_zebra.attention.segments import Segments
 from megatron_zebra.errors import UserError
 from megatron_zebra.inference.cache import Cache
+from megatron_zebra.inference.packed import packed_states
 from megatron_zebra.inference.room import check_room
 from megatron_zebra.inference.sample import Sampling, next_tokens
 from megatron_zebra.model.architecture import Architecture
@@ -34,14 +35,22 @@ class LanguageModel:
         rows = self._checked(ids)
         if len({len(row) for row in rows}) > 1:
             raise ValueError("logits() takes prompts of one length")
-        out = []
-        for row in rows:
-            padding = -len(row) % self.tp.size
-            tokens = torch.nn.functional.pad(row.to(self.device), (0, padding))
-            segments = Segments.from_lengths([len(row), padding] if padding else [len(row)], device=self.device)
-            positions = torch.arange(len(tokens), device=self.device)
-            out.append(self._run(tokens, positions, segments, torch.arange(len(row), device=self.device)))
-        return torch.stack(out)
+        head = self.decoder.head
+        assert head is not None
+        return torch.stack([head.logits(packed_states(self.decoder, [row.to(self.device)])) for row in rows])
+
+    @torch.no_grad()
+    def logit_chunks(self, prompt: torch.Tensor, chunk: int = PREFILL_CHUNK) -> Iterator[torch.Tensor]:
+        """Of every token of one prompt [T], in order, those of ``chunk`` tokens at a time: [n, V]. Keeps the keys alone.
+
+        Raises:
+            UserError: a token outside the vocabulary, or a prompt too long for the memory.
+        """
+        (row,) = self._checked(prompt[None])
+        check_room(self.arch, self.decoder, [len(row)], self.tp.size)
+        cache = Cache(1)
+        for part in row.to(self.device).split(chunk):
+            yield self._extend(cache, {0: len(part)}, part, torch.arange(len(part)))
 
     @torch.no_grad()
     def prefill(self, cache: Cache, prompts: Sequence[torch.Tensor], chunk: int = PREFILL_CHUNK) -> torch.Tensor:
@@ -127,12 +136,15 @@ class LanguageModel:
                 return
             logits = self.decode(cache, tokens[going], alive)
 
-    def _extend(self, cache: Cache, new: dict[int, int], tokens: torch.Tensor) -> torch.Tensor:
-        """Logits [n, V] of the last new token of each sequence."""
+    def _extend(
+        self, cache: Cache, new: dict[int, int], tokens: torch.Tensor, at: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits [n, V] of the last new token of each sequence, or of the tokens ``at``."""
         step = cache.step(new, padding=-len(tokens) % self.tp.size)
-        ends = torch.tensor(list(new.values())).cumsum(0) - 1
+        if at is None:
+            at = torch.tensor(list(new.values())).cumsum(0) - 1
         tokens = torch.nn.functional.pad(tokens, (0, step.padding))
-        logits = self._run(tokens, step.positions().to(self.device), step, ends.to(self.device))
+        logits = self._run(tokens, step.positions().to(self.device), step, at.to(self.device))
         step.done()
         return logits
 

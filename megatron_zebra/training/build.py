@@ -28,11 +28,12 @@ from megatron_zebra.training.teacher import Teacher
 
 @dataclass(frozen=True)
 class Trained:
-    """What this rank trains, and how."""
+    """What this rank trains, and how. ``decoder``: all layers in one; None where stages divide them."""
 
     optimizer: ShardedOptimizer
     runner: Runner
     context: ContextParallel
+    decoder: Decoder | None
 
 
 def build_training(config: Config, arch: Architecture, grid: Grid) -> Trained:
@@ -43,9 +44,10 @@ def build_training(config: Config, arch: Architecture, grid: Grid) -> Trained:
     keep_fetched = parallel.cp_keep_fetched or training.recompute != "none" or training.offload_activations
     context = ContextParallel(grid.cp, parallel.cp_order, parallel.cp_head_groups, keep_fetched)
     if grid.pp.size == 1:
-        optimizer = build_optimizer(config, build_model(config, arch, grid.device, grid.tp), grid)
+        decoder = build_model(config, arch, grid.device, grid.tp)
+        optimizer = build_optimizer(config, decoder, grid)
         teacher = Teacher(config, grid, _dtype(config)) if config.training.distill.teacher else None
-        return Trained(optimizer, WholeModel(optimizer.forward, optimizer.backward, teacher), context)
+        return Trained(optimizer, WholeModel(optimizer.forward, optimizer.backward, teacher), context, decoder)
     stages = stages_of(config, arch)
     held: dict[int, Decoder] = {}
     for number in (i for i, rank in enumerate(stages.ranks) if rank == grid.pp.rank):
@@ -61,7 +63,7 @@ def build_training(config: Config, arch: Architecture, grid: Grid) -> Trained:
     runner = Pipeline(
         held, len(stages.layers), parallel.pp_schedule, grid, arch.hidden_size, _dtype(config), optimizer.collect
     )
-    return Trained(optimizer, runner, context)
+    return Trained(optimizer, runner, context, None)
 
 
 def build_model(

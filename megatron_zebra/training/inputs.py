@@ -13,17 +13,19 @@ from megatron_zebra.data.source import Source as TokenSource
 from megatron_zebra.data.synthetic import SyntheticSource
 from megatron_zebra.errors import UserError
 from megatron_zebra.training.schedule import sequence_phases
+from megatron_zebra.training.tasks import Planned, planned
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Training rows by number, validation sets by name, and what the data says of itself."""
+    """Training rows by number, validation sets by name, what the data says of itself, and what else judges the model."""
 
     train: Dataset
     valid: dict[str, OnePass]
     vocab_size: int
     source_names: list[str]
     warnings: list[str]
+    tasks: list[Planned]
 
     def fingerprint(self) -> list[str]:
         """Names the training data's content; a run goes on where it was only over the same."""
@@ -73,7 +75,7 @@ def open_inputs(config: Config) -> Inputs:
         readers[name] = OnePass(
             held, max(lengths), config.evaluation.rows, data.attend_across_documents, whole_documents=whole
         )
-    return Inputs(dataset, readers, vocab_size, names, warnings)
+    return Inputs(dataset, readers, vocab_size, names, warnings, planned(config))
 
 
 def _tokenizer_hash(path: str | None) -> str | None:

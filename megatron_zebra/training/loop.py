@@ -17,6 +17,7 @@ from megatron_zebra.config.sections import Config
 from megatron_zebra.data.batch import BatchLoader
 from megatron_zebra.errors import UserError
 from megatron_zebra.evaluation.loss import Evaluated, evaluate
+from megatron_zebra.evaluation.subject import Subject
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.parallel.process import WorldCollective
@@ -34,6 +35,7 @@ from megatron_zebra.training.schedule import global_batch_size, learning_rate
 from megatron_zebra.training.start import start
 from megatron_zebra.training.state import Progress, save_state
 from megatron_zebra.training.step import StepOutcome, train_step
+from megatron_zebra.training.tasks import run_task
 
 
 def train(config: Config, arch: Architecture, inputs: Inputs, folder: Path, grid: Grid) -> None:
@@ -86,6 +88,7 @@ class _Run:
         self.trained, self.collective, self.console, self.sinks = trained, collective, console, sinks
         self.flops = StepFlops(arch)
         self.peak = _peak(config, grid.device)
+        self.subject = Subject(arch, grid, trained.runner, trained.context, trained.decoder)
         self.diagnostics = Diagnostics(config.training, folder, grid.rank, grid.device)
 
     def until_done(self, progress: Progress, stop_wanted: Any) -> None:
@@ -128,6 +131,9 @@ class _Run:
                 last = progress.step == steps or stopped
                 if _due(config.evaluation.interval, progress.step, progress.step == steps) and self.inputs.valid:
                     self._validate(record)
+                for task in self.inputs.tasks:
+                    if _due(task.interval, progress.step, progress.step == steps):
+                        self.console.say(run_task(task, self.subject, self.folder, record))
                 self.sinks.write(record)
                 self.console.step(record)
                 if nonfinite >= config.training.max_nonfinite_steps:

@@ -66,7 +66,9 @@ def _measured(grid: Grid, precision: str, stage: int) -> tuple[int, ...]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as built:
         model = build_model(config, arch, grid.device)
         optimizer = build_optimizer(config, model, grid)
-    trained = Trained(optimizer, WholeModel(optimizer.forward, optimizer.backward), ContextParallel(grid.cp, "zigzag"))
+    trained = Trained(
+        optimizer, WholeModel(optimizer.forward, optimizer.backward), ContextParallel(grid.cp, "zigzag"), None
+    )
     for step in range(2):
         micro_batches = read_step(inputs.train, step, step * rows, rows, 1, grid.dp_rank, grid.dp_size).micro_batches
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as stepped:

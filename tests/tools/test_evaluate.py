@@ -71,6 +71,8 @@ def test_bad_input_is_one_line(trained: Path, tmp_path: Path, capsys: pytest.Cap
         (["--checkpoint", str(tmp_path / "empty"), *data], "holds no model"),
         (["--checkpoint", str(trained), "--data", str(tmp_path / "no")], "no.idx"),
         (["--checkpoint", str(trained), *data, "--rows", "0"], "--rows: must be a whole number from 1 on, not 0"),
+        (["--checkpoint", str(trained), *data, "--stride", "4000"], "--stride 4000: must not be above --sequence"),
+        (["--checkpoint", str(trained), *data, "--tp", "2"], "--tp 2 x --cp 1 x --pp 1: must divide the number of pro"),
         (["--checkpoint", str(trained), *data, "--output", str(tmp_path / "file" / "x")], "cannot be written"),
         (
             ["--checkpoint", str(trained), *data, "--output", str(tmp_path / "empty")],

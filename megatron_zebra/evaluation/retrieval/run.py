@@ -5,17 +5,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from megatron_zebra.data.chat_template import ChatTemplate
 from megatron_zebra.data.tokenizer import Tokenizer
-from megatron_zebra.evaluation.answers import Answered, judge, tables
+from megatron_zebra.evaluation.answers import judge_together, tables
 from megatron_zebra.evaluation.retrieval.build import frame_of, make_example, strata_of
 from megatron_zebra.evaluation.retrieval.haystack import open_haystack
 from megatron_zebra.evaluation.retrieval.tasks import TASKS, Counts
 from megatron_zebra.model.decoder import Decoder
 from megatron_zebra.parallel.grid import Grid
-from megatron_zebra.parallel.process import sum_over
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ def retrieve(
     """Of each task the shares of exact answers (``evaluation.answers.tables``), the same on all ranks, which share out the
     examples. With a ``template`` the model is asked in chat, else its prompt is plain text that the answer goes on from.
 
-    ``model`` is whole on every rank. ``progress`` is told of each example that this rank has done.
+    ``model`` has all layers on every rank. ``progress`` is told of each example that this rank has done.
 
     Raises:
         UserError: the text is not readable or too short, or a length too short for a task.
@@ -64,9 +61,7 @@ def retrieve(
         strata = strata_of(task, settings.depths)
         cells = [(length, stratum) for length in settings.lengths for stratum in range(strata)]
         examples = [make(task, n, *cell, strata) for cell in cells for n in range(settings.examples)]
-        judged = judge(model, examples, grid.device, slice(grid.dp_rank, None, grid.dp_size), progress)
-        columns = [sum_over(column.tolist(), grid.device) for column in (judged.exact, judged.loss, judged.tokens)]
-        found[task] = tables(examples, Answered(*map(np.array, columns)), strata)
+        found[task] = tables(examples, judge_together(model, examples, grid, progress), strata)
     return found
 
 

@@ -3,13 +3,23 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_zebra.evaluation.tasks.common import add_model, add_output, count, make_room, output_of, write_result
+from megatron_zebra.errors import UserError
+from megatron_zebra.evaluation.tasks.common import add_model, add_output, count, write_result
+
+if TYPE_CHECKING:
+    from megatron_zebra.evaluation.subject import Subject
 
 
 def arguments(task: argparse.ArgumentParser) -> None:
     add_model(task)
+    options(task)
+    add_output(task, "answers.json", ", a picture beside it")
+
+
+def options(task: argparse.ArgumentParser) -> None:
+    """What is asked, whatever model it is."""
     task.add_argument(
         "--data", required=True, type=Path, metavar="F", help="chat JSON lines, as of tools/build_long_qa.py"
     )
@@ -23,45 +33,53 @@ def arguments(task: argparse.ArgumentParser) -> None:
     task.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja template instead of the tokenizer's")
     task.add_argument("--examples", type=count, metavar="N", help="conversations at most, evenly spread (default: all)")
     task.add_argument("--depth-bins", type=count, default=10, metavar="N", help="columns of the table (default: 10)")
-    add_output(task, "answers.json", ", a picture beside it")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """UserError for what is wrong whatever the model is."""
+    if not arguments.data.exists():
+        raise UserError(f"{arguments.data}: no such file")
+    from megatron_zebra.data.chat_template import ChatTemplate
+
+    ChatTemplate(arguments.tokenizer, arguments.chat_template)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    import numpy as np
-    import torch
-    from tqdm import tqdm
+    check(arguments)
+    from megatron_zebra.evaluation.load import opened
 
-    from megatron_zebra.convert.load import load_decoder
-    from megatron_zebra.convert.source import open_model
-    from megatron_zebra.data.chat_template import ChatTemplate
-    from megatron_zebra.evaluation.answers import Answered, judge, read_examples, tables
-    from megatron_zebra.parallel.process import WorldCollective, sum_over, world
-
-    template = ChatTemplate(arguments.tokenizer, arguments.chat_template)
-    with world(arguments.device, 600.0) as grid:
-        opened = open_model(arguments.checkpoint, WorldCollective(grid))
-        folder = opened.folder
-        output = output_of(arguments, folder, "answers.json")
-        if grid.is_main:
-            make_room(output)
-        examples = read_examples(arguments.data, template, opened.architecture.vocab_size)
-        if arguments.examples is not None and arguments.examples < len(examples):
-            examples = [examples[n * len(examples) // arguments.examples] for n in range(arguments.examples)]
-        dtype = torch.float32 if arguments.precision == "fp32" else torch.bfloat16
-        model = load_decoder(opened, grid.device, dtype)
-        part = slice(grid.dp_rank, None, grid.dp_size)
-        total = len(range(len(examples))[part])
-        with tqdm(total=total, desc="answers", unit="example", disable=None if grid.is_main else True) as bar:
-            found = judge(model, examples, grid.device, part, bar.update)
-        columns = [sum_over(column.tolist(), grid.device) for column in (found.exact, found.loss, found.tokens)]
-        if grid.is_main:
-            judged = Answered(*map(np.array, columns))
-            result = tables(examples, judged, arguments.depth_bins)
-            print(f"checkpoint {folder}")
+    with opened(arguments, "answers.json") as (subject, source, output):
+        result = measure(subject, arguments)
+        if subject.grid.is_main:
+            print(f"checkpoint {source.folder}")
             print_table(result)
-            write_result({"checkpoint": str(folder), "data": str(arguments.data), **result}, output)
+            write_result({"checkpoint": str(source.folder), "data": str(arguments.data), **result}, output)
             print(f"written to {output}")
             draw_maps({arguments.data.stem: result}, output.with_suffix(".png"))
+
+
+def measure(subject: "Subject", arguments: argparse.Namespace) -> dict[str, Any]:
+    """``evaluation.answers.tables`` of the conversations, the same on all ranks."""
+    from tqdm import tqdm
+
+    from megatron_zebra.data.chat_template import ChatTemplate
+    from megatron_zebra.evaluation.answers import judge_together, read_examples, tables
+
+    assert subject.decoder is not None
+    grid, template = subject.grid, ChatTemplate(arguments.tokenizer, arguments.chat_template)
+    examples = read_examples(arguments.data, template, subject.arch.vocab_size)
+    if arguments.examples is not None and arguments.examples < len(examples):
+        examples = [examples[n * len(examples) // arguments.examples] for n in range(arguments.examples)]
+    total = len(range(grid.data.rank, len(examples), grid.data.size))
+    with tqdm(total=total, desc="answers", unit="example", disable=None if grid.is_main else True, leave=None) as bar:
+        found = judge_together(subject.decoder, examples, grid, bar.update)
+    return tables(examples, found, arguments.depth_bins)
+
+
+def numbers(result: dict[str, Any]) -> dict[str, float]:
+    """What goes into metrics and tables: the share of exact answers, in all and by length."""
+    by_length = {f"exact/{length}": of["exact"] for length, of in result["by_length"].items()}
+    return {"exact": result["all"]["exact"], **by_length}
 
 
 def print_table(result: dict[str, Any]) -> None:

@@ -7,10 +7,17 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_zebra.data.arguments import output_name
 from megatron_zebra.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
 
 
 def add_model(task: argparse.ArgumentParser) -> None:
@@ -63,15 +70,20 @@ def make_room(output: Path) -> None:
 
 
 def write_result(document: dict[str, Any], output: Path) -> None:
-    """As JSON; a reader never sees half of it."""
-    temporary = output.with_name(output.name + ".tmp")
+    """Into the file of --output."""
     with writing(output):
-        try:
-            temporary.write_text(json.dumps(document, indent=2) + "\n")
-            os.replace(temporary, output)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_json(document, output)
+
+
+def write_json(document: dict[str, Any], file: Path) -> None:
+    """A reader never sees half of it."""
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        temporary.write_text(json.dumps(document, indent=2) + "\n")
+        os.replace(temporary, file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

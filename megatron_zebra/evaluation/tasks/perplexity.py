@@ -1,84 +1,185 @@
-"""Loss of held-out data, in all and by position in the document, and bits per byte."""
+"""Loss of held-out data: in all, by position, by document, in bits per byte; at several lengths, whole or sliding.
+
+Rows are S tokens of the data one after another, documents apart from each other, cut where a row ends (conversations are
+kept whole). With --stride N each document is read in windows of S tokens, every one N tokens after the one before, and each
+token counts once, in the first window that has it: the usual sliding-window perplexity. Under torchrun the copies of the
+model share the rows out; --tp, --cp and --pp divide a model or a row that one device cannot hold.
+"""
 
 import argparse
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from megatron_zebra.config.derived import sequence_multiple
+from megatron_zebra.config.sections import Parallel
+from megatron_zebra.data.indexed import IndexedPair
 from megatron_zebra.errors import UserError
-from megatron_zebra.evaluation.tasks.common import (
-    add_model,
-    add_output,
-    count,
-    make_room,
-    output_of,
-    run_of,
-    write_result,
-)
+from megatron_zebra.evaluation.tasks.common import add_model, add_output, count, run_of, write_result
+
+if TYPE_CHECKING:
+    from megatron_zebra.evaluation.loss import Evaluated
+    from megatron_zebra.evaluation.subject import Subject
+
+_SHOWN = 5  # worst and best documents that are printed
 
 
 def arguments(task: argparse.ArgumentParser) -> None:
     add_model(task)
-    task.add_argument(
-        "--data", required=True, nargs="+", metavar="P", help="prefixes of indexed pairs, each evaluated on its own"
-    )
-    task.add_argument("--sequence-length", type=count, default=2048, metavar="S", help="tokens a row (default: 2048)")
-    task.add_argument("--rows", type=count, metavar="N", help="rows of each set at most, evenly spread (default: all)")
+    options(task)
+    for axis, what in (("tp", "layer"), ("cp", "row"), ("pp", "stack of layers")):
+        task.add_argument(f"--{axis}", type=count, default=1, metavar="N", help=f"processes that share a {what}")
     add_output(task, "perplexity.json")
 
 
+def options(task: argparse.ArgumentParser) -> None:
+    """What is measured, whatever model it is."""
+    task.add_argument(
+        "--data", required=True, nargs="+", metavar="P", help="prefixes of indexed pairs, each evaluated on its own"
+    )
+    task.add_argument(
+        "--sequence-length",
+        type=count,
+        nargs="+",
+        default=[2048],
+        metavar="S",
+        help="tokens a row; each length given is evaluated (default: 2048)",
+    )
+    task.add_argument(
+        "--stride", type=count, metavar="N", help="sliding windows, each N tokens after the one before (default: whole)"
+    )
+    task.add_argument("--rows", type=count, metavar="N", help="rows of each set at most, evenly spread (default: all)")
+    task.add_argument("--by-document", action="store_true", help="also the loss of each document, the worst first")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """UserError for what is wrong whatever the model is."""
+    multiple = sequence_multiple(Parallel(tp=arguments.tp, cp=arguments.cp))
+    for length in arguments.sequence_length:
+        if length % multiple:
+            near = [number for number in (length // multiple * multiple, -(-length // multiple) * multiple) if number]
+            raise UserError(
+                f"--sequence-length {length}: must be a multiple of {multiple} under tp {arguments.tp} and cp {arguments.cp} "
+                f"(nearest: {' or '.join(map(str, near))})"
+            )
+        if arguments.stride is not None and arguments.stride > length:
+            raise UserError(f"--stride {arguments.stride}: must not be above --sequence-length {length}")
+    _pairs(arguments)
+
+
 def run(arguments: argparse.Namespace) -> None:
-    import torch
-    from tqdm import tqdm
+    check(arguments)
+    from megatron_zebra.evaluation.load import opened
 
-    from megatron_zebra.convert.load import load_decoder
-    from megatron_zebra.convert.source import open_model
-    from megatron_zebra.data.indexed import IndexedPair
-    from megatron_zebra.data.rows import OnePass
-    from megatron_zebra.data.source import FileSource, check_fits, check_vocabulary, is_masked
-    from megatron_zebra.evaluation.loss import evaluate
-    from megatron_zebra.parallel.process import WorldCollective, world
-    from megatron_zebra.pipeline.runner import WholeModel
+    with opened(arguments, "perplexity.json", max(arguments.sequence_length)) as (subject, source, output):
+        result = measure(subject, arguments)
+        if subject.grid.is_main:
+            # Print first: what was computed is not lost where it cannot be written.
+            print(f"checkpoint {source.folder}\n{told(result)}")
+            write_result({"checkpoint": str(source.folder), **result}, output)
+            print(f"written to {output}")
+            run = run_of(source.folder)
+            if not arguments.output and (run / "metrics.jsonl").exists():
+                _draw(run)
 
+
+def measure(subject: "Subject", arguments: argparse.Namespace) -> dict[str, Any]:
+    """{"stride": N, "sets": {name: losses}}, the same on all ranks."""
+    sets = {}
+    for name, pair in _pairs(arguments).items():
+        for length in arguments.sequence_length:
+            title = name if len(arguments.sequence_length) == 1 else f"{name} at {length}"
+            sets[title] = _measure(subject, arguments, title, pair, length)
+    return {"stride": arguments.stride, "sets": sets}
+
+
+def numbers(result: dict[str, Any]) -> dict[str, float]:
+    """What goes into metrics and tables: the loss of each set, and bits per byte where they are known."""
+    found = {}
+    for name, values in result["sets"].items():
+        found[f"{name}/loss"] = values["loss"]
+        if values["bits_per_byte"] is not None:
+            found[f"{name}/bits_per_byte"] = values["bits_per_byte"]
+    return found
+
+
+def told(result: dict[str, Any]) -> str:
+    """For people."""
+    lines = []
+    for name, values in result["sets"].items():
+        bits = f", {values['bits_per_byte']:.3f} bits a byte" if values["bits_per_byte"] is not None else ""
+        lines.append(
+            f"{name}: loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}{bits}, {values['targets']} targets"
+        )
+        of = values.get("documents", [])
+        shown = of if len(of) <= 2 * _SHOWN else [*of[:_SHOWN], None, *of[-_SHOWN:]]
+        lines += [
+            f"  document {one['document']:>8}: loss {one['loss']:.4f}, {one['targets']} targets" if one else "  ..."
+            for one in shown
+        ]
+    return "\n".join(lines)
+
+
+def _pairs(arguments: argparse.Namespace) -> dict[str, IndexedPair]:
+    """The data sets by name."""
     names = [Path(prefix).name for prefix in arguments.data]
     if len(set(names)) < len(names):
         names = arguments.data  # sets of one name, in different folders
-    pairs = {name: IndexedPair(prefix) for name, prefix in zip(names, arguments.data)}
-    with world(arguments.device, 600.0) as grid:
-        opened = open_model(arguments.checkpoint, WorldCollective(grid))
-        arch, folder = opened.architecture, opened.folder
-        output = output_of(arguments, folder, "perplexity.json")
-        if grid.is_main:
-            make_room(output)
-        dtype = torch.float32 if arguments.precision == "fp32" else torch.bfloat16
-        model = load_decoder(opened, grid.device, dtype)
-        sets: dict[str, Any] = {}
-        for name, pair in pairs.items():
-            warning = check_vocabulary(pair, arch.vocab_size)
-            if warning and grid.is_main:
-                print(f"warning: {warning}", file=sys.stderr)
-            source = FileSource(pair, None, arch.vocab_size if pair.info is None else None)
-            length = min(arguments.sequence_length, source.tokens)  # more would be padding alone
-            check_fits(source, length)
-            rows = OnePass(source, length, arguments.rows, whole_documents=is_masked(source))
-            with tqdm(
-                total=-(-len(rows) // grid.dp_size), desc=name, unit="row", disable=None if grid.is_main else True
-            ) as bar:
-                result = evaluate(WholeModel(model), rows, 1, grid, None, bar.update)
-            sets[name] = {
-                "loss": result.loss,
-                "perplexity": math.exp(min(result.loss, 700.0)),
-                "targets": result.targets,
-                "edges": result.edges,
-                "loss_by_position": result.by_position(),
-                "bits_per_byte": _bits_per_byte(result.loss, pair, arch.vocab_size),
-            }
-        if grid.is_main:
-            _report({"checkpoint": str(folder), "sequence_length": arguments.sequence_length, "sets": sets}, output)
-            run = run_of(folder)
-            if not arguments.output and (run / "metrics.jsonl").exists():
-                _draw(run)
+    return {name: IndexedPair(prefix) for name, prefix in zip(names, arguments.data)}
+
+
+def _measure(
+    subject: "Subject", arguments: argparse.Namespace, title: str, pair: IndexedPair, length: int
+) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    from megatron_zebra.data.rows import OnePass
+    from megatron_zebra.data.source import FileSource, check_fits, check_vocabulary, is_masked
+    from megatron_zebra.evaluation.loss import evaluate
+
+    grid, vocab_size = subject.grid, subject.arch.vocab_size
+    warning = check_vocabulary(pair, vocab_size)
+    if warning and grid.is_main:
+        print(f"warning: {warning}", file=sys.stderr)
+    source = FileSource(pair, None, vocab_size if pair.info is None else None)
+    multiple = subject.length_multiple
+    length = min(length, -(-source.tokens // multiple) * multiple)  # more would be padding alone
+    if arguments.stride is None:
+        check_fits(source, length)
+    rows = OnePass(source, length, arguments.rows, whole_documents=is_masked(source), stride=arguments.stride)
+    total = -(-len(rows) // grid.dp_size)
+    with tqdm(total=total, desc=title, unit="row", disable=None if grid.is_main else True, leave=None) as bar:
+        result = evaluate(
+            subject.runner,
+            rows,
+            1,
+            grid,
+            subject.context,
+            bar.update,
+            source.documents if arguments.by_document else 0,
+        )
+    found = {
+        "sequence_length": length,
+        "loss": result.loss,
+        "perplexity": math.exp(min(result.loss, 700.0)),
+        "targets": result.targets,
+        "edges": result.edges,
+        "loss_by_position": result.by_position(),
+        "bits_per_byte": _bits_per_byte(result.loss, pair, vocab_size),
+    }
+    return found | ({"documents": _documents(result)} if arguments.by_document else {})
+
+
+def _documents(result: "Evaluated") -> list[dict[str, Any]]:
+    """Those that have a target, the worst first."""
+    sums = zip(result.document_losses, result.document_targets)
+    found = [
+        {"document": number, "loss": loss / targets, "targets": targets}
+        for number, (loss, targets) in enumerate(sums)
+        if targets
+    ]
+    return sorted(found, key=lambda one: -one["loss"])
 
 
 def _bits_per_byte(loss: float, pair: Any, vocab_size: int) -> float | None:
@@ -87,18 +188,6 @@ def _bits_per_byte(loss: float, pair: Any, vocab_size: int) -> float | None:
         return None
     predicted = pair.tokens.size - pair.documents
     return (loss / math.log(2) * predicted + math.log2(vocab_size) * pair.documents) / pair.info.text_bytes
-
-
-def _report(document: dict[str, Any], output: Path) -> None:
-    """Print first: what was computed is not lost where it cannot be written."""
-    print(f"checkpoint {document['checkpoint']}")
-    for name, values in document["sets"].items():
-        bits = f", {values['bits_per_byte']:.3f} bits a byte" if values["bits_per_byte"] is not None else ""
-        print(
-            f"{name}: loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}{bits}, {values['targets']} targets"
-        )
-    write_result(document, output)
-    print(f"written to {output}")
 
 
 def _draw(run: Path) -> None:

@@ -13,17 +13,27 @@ count every token, those of the answer too.
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from megatron_zebra.errors import UserError
+from megatron_zebra.evaluation.tasks import answers
 from megatron_zebra.evaluation.tasks.answers import draw_maps, print_table
-from megatron_zebra.evaluation.tasks.common import add_model, add_output, count, make_room, output_of, write_result
+from megatron_zebra.evaluation.tasks.common import add_model, add_output, count, write_result
+
+if TYPE_CHECKING:
+    from megatron_zebra.evaluation.subject import Subject
 
 TASKS = ("passkey", "needle", "needles", "variables", "words")
 
 
 def arguments(task: argparse.ArgumentParser) -> None:
-    task.formatter_class = argparse.RawDescriptionHelpFormatter
     add_model(task)
+    options(task)
+    add_output(task, "retrieval.json", ", a picture beside it")
+
+
+def options(task: argparse.ArgumentParser) -> None:
+    """What is asked, whatever model it is."""
     task.add_argument(
         "--text",
         required=True,
@@ -56,24 +66,42 @@ def arguments(task: argparse.ArgumentParser) -> None:
     task.add_argument("--seed", type=_whole, default=0, metavar="N", help="default: 0")
     task.add_argument("--chat", action="store_true", help="ask with the tokenizer's chat template")
     task.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja template instead of the tokenizer's")
-    add_output(task, "retrieval.json", ", a picture beside it")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """UserError for what is wrong whatever the model is."""
+    if arguments.chat_template and not arguments.chat:
+        raise UserError("--chat-template: is for chat; give --chat too")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    import torch
+    check(arguments)
+    from megatron_zebra.evaluation.load import opened
+    from megatron_zebra.inference.load import tokenizer_of
+
+    with opened(arguments, "retrieval.json") as (subject, source, output):
+        arguments.tokenizer = tokenizer_of(source, arguments.tokenizer)[1]
+        result = measure(subject, arguments)
+        if subject.grid.is_main:
+            print(f"checkpoint {source.folder}")
+            for task, tables in result["tasks"].items():
+                print(f"\n{task}")
+                print_table(tables)
+            write_result({"checkpoint": str(source.folder), **result}, output)
+            print(f"\nwritten to {output}")
+            draw_maps(result["tasks"], output.with_suffix(".png"))
+
+
+def measure(subject: "Subject", arguments: argparse.Namespace) -> dict[str, Any]:
+    """{"tasks": {name: ``evaluation.answers.tables``}}, the same on all ranks."""
     from tqdm import tqdm
 
-    from megatron_zebra.convert.load import load_decoder
-    from megatron_zebra.convert.source import open_model
     from megatron_zebra.data.chat_template import ChatTemplate
-    from megatron_zebra.errors import UserError
+    from megatron_zebra.data.tokenizer import load_tokenizer
     from megatron_zebra.evaluation.retrieval.run import Retrieval, examples_of, retrieve
     from megatron_zebra.evaluation.retrieval.tasks import Counts
-    from megatron_zebra.inference.load import tokenizer_of
-    from megatron_zebra.parallel.process import WorldCollective, world
 
-    if arguments.chat_template and not arguments.chat:
-        raise UserError("--chat-template: is for chat; give --chat too")
+    assert subject.decoder is not None
     settings = Retrieval(
         text=arguments.text,
         tasks=list(dict.fromkeys(arguments.tasks)),
@@ -84,30 +112,22 @@ def run(arguments: argparse.Namespace) -> None:
         repeat=arguments.repeat,
         counts=Counts(arguments.distractors, arguments.needles, arguments.hops),
     )
-    with world(arguments.device, 600.0) as grid:
-        opened = open_model(arguments.checkpoint, WorldCollective(grid))
-        output = output_of(arguments, opened.folder, "retrieval.json")
-        if grid.is_main:
-            make_room(output)
-        tokenizer, place = tokenizer_of(opened, arguments.tokenizer)
-        template = ChatTemplate(place, arguments.chat_template) if arguments.chat else None
-        model = load_decoder(opened, grid.device, torch.float32 if arguments.precision == "fp32" else torch.bfloat16)
-        total = len(range(grid.dp_rank, examples_of(settings), grid.dp_size))
-        with tqdm(total=total, desc="retrieval", unit="example", disable=None if grid.is_main else True) as bar:
-            found = retrieve(model, tokenizer, settings, grid, template, bar.update)
-        if grid.is_main:
-            print(f"checkpoint {opened.folder}")
-            for task, result in found.items():
-                print(f"\n{task}")
-                print_table(result)
-            write_result(_document(arguments, opened.folder, found), output)
-            print(f"\nwritten to {output}")
-            draw_maps(found, output.with_suffix(".png"))
-
-
-def _document(arguments: argparse.Namespace, folder: Path, found: dict[str, Any]) -> dict[str, Any]:
+    grid, tokenizer = subject.grid, load_tokenizer(arguments.tokenizer)
+    template = ChatTemplate(arguments.tokenizer, arguments.chat_template) if arguments.chat else None
+    total = len(range(grid.data.rank, examples_of(settings), grid.data.size))
+    with tqdm(total=total, desc="retrieval", unit="example", disable=None if grid.is_main else True, leave=None) as bar:
+        found = retrieve(subject.decoder, tokenizer, settings, grid, template, bar.update)
     asked = {name: getattr(arguments, name) for name in ("text", "seed", "chat", "distractors", "needles", "hops")}
-    return {"checkpoint": str(folder), **asked, "tasks": found}
+    return {**asked, "tasks": found}
+
+
+def numbers(result: dict[str, Any]) -> dict[str, float]:
+    """What goes into metrics and tables: of each task the share of exact answers, in all and by length."""
+    return {
+        f"{task}/{name}": value
+        for task, tables in result["tasks"].items()
+        for name, value in answers.numbers(tables).items()
+    }
 
 
 def _whole(text: str) -> int:
