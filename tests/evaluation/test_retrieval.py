@@ -26,6 +26,7 @@ from megatron_zebra.evaluation.tasks import retrieval as command
 from megatron_zebra.inference.language_model import LanguageModel
 from megatron_zebra.model.architecture import resolve
 from megatron_zebra.parallel.grid import Grid
+from megatron_zebra.parallel.group import Group
 from megatron_zebra.training.build import build_model
 from tests.data.chatting import CHATML, LLAMA, chat_tokenizer
 from tests.data.corpus import patient
@@ -186,6 +187,7 @@ class Reader:
 
     def __init__(self, tokenizer: Tokenizer, reach: int) -> None:
         self.tokenizer, self.reach, self.head = tokenizer, reach, self
+        self.tp = Group.alone("tp")
 
     def states(self, inputs: torch.Tensor, positions: torch.Tensor, segments: Any) -> torch.Tensor:
         ids = inputs.tolist()
