@@ -44,7 +44,7 @@ def answers_figure(results: dict[str, dict[str, Any]]) -> Figure:
         axes.set_xlabel("depth of the fact in the text")
         axes.set_ylabel("tokens")
         edges = result["depth_edges"]
-        axes.set_xticks(np.arange(len(edges)) - 0.5, [f"{edge:g}" for edge in edges])
+        axes.set_xticks(np.arange(len(edges)) - 0.5, [f"{edge:.2g}" for edge in edges])
         axes.set_yticks(range(len(result["lengths"])), [f"{length:,}" for length in result["lengths"]])
     if shown is not None:
         drawn.colorbar(shown, ax=all_axes[: len(results)], format=PercentFormatter(1.0))

@@ -111,6 +111,10 @@ def test_facts_of_one_shape_differ_and_are_not_in_the_text(kind: str) -> None:
         assert fact.answer not in fact.question
         assert "{" not in fact.statement + fact.question
         assert fact.statement[0].isupper() or fact.statement[0].isdigit()
+        assert fact.lead[0].isupper()
+        assert fact.lead[-1] in ' "'
+        assert fact.answer not in fact.lead
+    assert any(fact.lead + fact.answer in fact.statement for fact in facts)
     taken = " ".join(fact.answer for fact in facts)
     again = make_facts(np.random.Generator(np.random.PCG64(1)), kind, 12, "train", taken)
     assert not {fact.answer for fact in facts} & {fact.answer for fact in again}

@@ -28,12 +28,14 @@ _TRIES = 1000
 
 @dataclass(frozen=True)
 class Fact:
-    """``statement`` stands in the text, ``answer`` is the part of it that ``question`` asks for."""
+    """``statement`` stands in the text, ``answer`` is the part of it that ``question`` asks for, and that ``lead``, the
+    beginning of a statement, goes on with."""
 
     kind: str
     statement: str
     question: str
     answer: str
+    lead: str = ""
 
 
 class _Draw:
@@ -145,7 +147,12 @@ def make_facts(generator: np.random.Generator, kind: str, count: int, split: Spl
             answers.add(answer)
             statement = draw.of(made.statements).format(subject=subject, answer=answer)
             question = draw.of(made.questions).format(subject=subject)
-            facts[subject] = Fact(kind, statement[0].upper() + statement[1:], question, answer)
+            lead = made.statements[0].partition("{answer}")[0].format(subject=subject)
+            facts[subject] = Fact(kind, _sentence(statement), question, answer, _sentence(lead))
             if len(facts) == count:
                 return list(facts.values())
     raise UserError(f"no {count} different facts of the kind {kind!r} can be made; ask for fewer")
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]

@@ -94,7 +94,9 @@ def needle(draw: Draw) -> Case:
     facts = make_facts(draw.generator, kind, 1 + draw.counts.distractors, "valid", draw.text)
     depths = [draw.depth(), *(draw.anywhere() for _ in facts[1:])]
     planted = [(depth, fact.statement) for depth, fact in zip(depths, facts)]
-    return Case(planted, f"Question: {facts[0].question}", "Answer:", [(depths[0], f" {facts[0].answer}")])
+    asked = facts[0]
+    lead = asked.lead.rstrip()
+    return Case(planted, asked.question, lead, [(depths[0], asked.lead[len(lead) :] + asked.answer)])
 
 
 def needles(draw: Draw) -> Case:

@@ -85,7 +85,7 @@ def numbers(result: dict[str, Any]) -> dict[str, float]:
 def print_table(result: dict[str, Any]) -> None:
     """A row a length, a column a depth; in per cent."""
     edges = result["depth_edges"]
-    heads = [f"{edge:g}" for edge in edges[:-1]]
+    heads = [f"{edge:.2g}" for edge in edges[:-1]]
     print("exact answers, %, by tokens and by depth from")
     print(f"{'tokens':>8} {'all':>5} {'asked':>6}  {' '.join(f'{head:>5}' for head in heads)}")
     for length, cells in zip(result["lengths"], result["exact"]):
