@@ -20,7 +20,7 @@ check() { step "$@"; "$@" || failed="$failed${failed:+, }$1 $2"; }
 check ruff check .
 check ruff format --check .
 check mypy --no-error-summary
-check python -m pytest "$@"
+check python -m pytest -n 2 --dist loadfile "$@" # two at a time: much of it waits or runs on one core
 
 took=$((SECONDS - begun))
 if [ -n "$failed" ]; then
