@@ -101,7 +101,9 @@ def test_state_is_what_the_optimizers_hold(run_distributed: Any, precision: str)
             # little later; in a model this small that counts.
             assert in_step <= 1.4 * (planned + peak) + 2**19, stage
             if stage < 3:
-                assert resident == pytest.approx(state + early, rel=0.03), stage
+                # The thread of the last broadcast may still hold its piece, which is at most the largest weight.
+                largest = SIZES["model__vocab_size"] * SIZES["model__hidden_size"] * 4
+                assert 0.97 * (state + early) <= resident <= 1.03 * (state + early) + largest, stage
                 assert in_step >= planned * 0.98, stage
 
 
