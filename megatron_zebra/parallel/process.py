@@ -68,7 +68,7 @@ def world(
     layout = Layout.of(size, tp=tp, cp=cp, pp=pp)
     limit = datetime.timedelta(seconds=timeout)
     try:
-        store, keeper = (dist.HashStore(), 0) if started.alone else _store(rank, size, limit)
+        store, keeper = (dist.HashStore(), 0) if started.alone else meeting_store(rank, size, limit)
     except (RuntimeError, ValueError) as problem:
         raise _unreached(problem, local_rank) from None
     with watched(store, rank, size, lambda other: _name(layout, other), keeper, pace or Pace(), leave) as watch:
@@ -89,7 +89,7 @@ def world(
         yield grid
 
 
-def _store(rank: int, size: int, limit: datetime.timedelta) -> tuple[dist.Store, int | None]:
+def meeting_store(rank: int, size: int, limit: datetime.timedelta) -> tuple[dist.Store, int | None]:
     """Where the ranks meet, and the rank whose process keeps it (None: torchrun's). Does not wait for the others."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return next(dist.rendezvous("env://", timeout=limit))[0], None

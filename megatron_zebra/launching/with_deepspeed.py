@@ -1,0 +1,66 @@
+"""A run by DeepSpeed's launcher, started from one node: ``python -m megatron_zebra.launching.with_deepspeed [OPTION ...] --config FILE [...]``.
+
+Options that are not listed here go to ``deepspeed`` as they are; the nodes are those of its hostfile.
+"""
+
+import argparse
+import logging
+import os
+import sys
+
+from megatron_zebra.errors import UserError, run_tool
+from megatron_zebra.launching.command import TRAINING, WORKER, rehearsed, split
+from megatron_zebra.launching.supervise import at_last_step, supervise
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        "launch/deepspeed/train.sh",
+        usage="bash launch/deepspeed/train.sh [OPTION ...] --config FILE [--section.key VALUE ...]",
+        epilog="Every other option before --config goes to deepspeed as it is: --hostfile FILE, --num_gpus N, --include HOSTS, ...",
+        allow_abbrev=False,
+    )
+    top.add_argument("--max-restarts", type=int, default=0, metavar="N", help="starts after a failure (default: 0)")
+    top.add_argument("--no-check", action="store_true", help="leave out the check of the nodes")
+    return top
+
+
+def main() -> None:
+    words, training_words = split(sys.argv[1:])
+    options, others = parser().parse_known_args(words)
+    if options.max_restarts < 0:
+        raise UserError(f"--max-restarts {options.max_restarts}: must be 0 or more")
+    training = rehearsed(training_words, [world_size(others)])
+    try:
+        logs = training.folder / "logs" / "deepspeed"
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"logging.run_dir = {training.folder}: cannot be written ({error.strerror})") from None
+    command = [
+        *(sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--enable_each_rank_log", str(logs.absolute())),
+        *(*others, "--module", TRAINING if options.no_check else WORKER, *training.words),
+    ]
+    print(f"each process writes to {logs}/TIME_rankN.log, and rank N to {training.folder}/logs/rank-N.log", flush=True)
+    sys.exit(supervise(command, options.max_restarts, lambda: at_last_step(training.config, training.folder)))
+
+
+def world_size(words: list[str]) -> int:
+    """The processes that ``deepspeed`` starts with these options."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidiactl") else "cpu")
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.launcher import runner
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    options = runner.parse_args([*words, TRAINING])
+    try:
+        pool = runner.fetch_hostfile(options.hostfile) or {"localhost": get_accelerator().device_count()}
+        chosen = runner.parse_inclusion_exclusion(pool, options.include, options.exclude)
+        chosen = runner.apply_num_nodes_and_gpus(chosen, options.num_nodes, options.num_gpus)
+    except ValueError as error:
+        raise UserError(f"deepspeed: {error}") from None
+    return sum(len(slots) for slots in chosen.values())
+
+
+if __name__ == "__main__":
+    run_tool(main)

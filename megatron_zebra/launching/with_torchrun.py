@@ -1,0 +1,126 @@
+"""One node's part of a run by torchrun: ``python -m megatron_zebra.launching.with_torchrun [OPTION ...] --config FILE [...]``.
+
+Options that are not listed here go to torchrun as they are.
+"""
+
+import argparse
+import os
+import re
+import socket
+import sys
+import time
+from pathlib import Path
+
+from megatron_zebra.errors import UserError, run_tool
+from megatron_zebra.launching.command import TRAINING, WORKER, Training, rehearsed, split
+from megatron_zebra.launching.supervise import at_last_step, supervise
+
+PORT = 29500
+PATIENCE = 600.0  # seconds for the first node to come, as torchrun has for the others
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        "launch/torchrun.sh",
+        usage="bash launch/torchrun.sh [OPTION ...] --config FILE [--section.key VALUE ...]",
+        epilog="Every other option before --config goes to torchrun as it is.",
+        allow_abbrev=False,
+    )
+    top.add_argument("--nnodes", default="1", metavar="N", help="nodes, or MIN:MAX (default: 1)")
+    top.add_argument("--nproc-per-node", type=int, metavar="N", help="processes a node (default: its GPUs, or 1)")
+    top.add_argument("--rdzv-endpoint", metavar="HOST[:PORT]", help=f"where the nodes meet: one of them (port: {PORT})")
+    top.add_argument("--rdzv-id", default="zebra", metavar="NAME", help="the same on all nodes of a run")
+    top.add_argument("--max-restarts", type=int, default=0, metavar="N", help="starts after a failure (default: 0)")
+    top.add_argument("--no-check", action="store_true", help="leave out the check of the nodes")
+    return top
+
+
+def main() -> None:
+    words, training_words = split(sys.argv[1:])
+    options, others = parser().parse_known_args(words)
+    nodes = re.fullmatch(r"([1-9]\d{0,5})(?::([1-9]\d{0,5}))?", options.nnodes)
+    if nodes is None:
+        raise UserError(f"--nnodes {options.nnodes}: must be a whole number from 1, or MIN:MAX")
+    least, most = int(nodes[1]), int(nodes[2] or nodes[1])
+    processes = options.nproc_per_node if options.nproc_per_node is not None else visible_gpus() or 1
+    if processes < 1 or options.max_restarts < 0 or most < least:
+        raise UserError("--nproc-per-node must be 1 or more, --max-restarts 0 or more, MAX of --nnodes at least MIN")
+    if most > 1 and not options.rdzv_endpoint:
+        raise UserError(f"--rdzv-endpoint HOST[:PORT]: must name one of the {most} nodes, the same on all")
+    training = rehearsed(training_words, sorted({least * processes, most * processes}))
+    meet = ["--standalone"]
+    if options.rdzv_endpoint:
+        meet = _meeting(options.rdzv_endpoint, options.rdzv_id)
+    command = [
+        *(sys.executable, "-m", "megatron_zebra.launching.agent", "--nnodes", options.nnodes),
+        *("--nproc-per-node", str(processes), "--max-restarts", str(options.max_restarts), *meet),
+        *("--tee", "3", "--log-dir", str(node_logs(training)), *others),
+        *("--module", TRAINING if options.no_check else WORKER, *training.words),
+    ]
+    os.environ.setdefault("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[rank ${rank}] ")
+    sys.exit(supervise(command, 0, lambda: at_last_step(training.config, training.folder)))
+
+
+def node_logs(training: Training) -> Path:
+    """Where this node's processes write: a folder for each start, in it attempt_N/LOCAL_RANK/stdout.log and stderr.log."""
+    folder = training.folder / "logs" / f"node-{socket.gethostname()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"logging.run_dir = {training.folder}: cannot be written ({error.strerror})") from None
+    return folder
+
+
+def visible_gpus() -> int:
+    """GPUs of this node, without torch: CUDA_VISIBLE_DEVICES, or NVIDIA's device files."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len([one for one in visible.split(",") if one.strip()])
+    return len([path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)])
+
+
+def _meeting(endpoint: str, name: str) -> list[str]:
+    """torchrun's options to meet at ``endpoint``; waits for that node, if it is another."""
+    host, _, port = endpoint.rpartition(":") if re.search(r":\d+$", endpoint) else (endpoint, "", str(PORT))
+    here = is_this_node(host)
+    if not here:
+        _wait_for(host, int(port))
+    return [
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}", "--rdzv-id", name),
+        *("--rdzv-conf", f"is_host={int(here)}"),
+    ]
+
+
+def is_this_node(host: str) -> bool:
+    """Whether ``host`` is a name or an address of this node (torch knows that of the host's own name alone)."""
+    if host.partition(".")[0] == socket.gethostname().partition(".")[0]:
+        return True
+    try:
+        addresses = {info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return False
+    for address in addresses:
+        with socket.socket(socket.AF_INET6 if ":" in str(address) else socket.AF_INET) as probe:
+            try:
+                probe.bind((address, 0))
+            except OSError:
+                continue
+            return True
+    return False
+
+
+def _wait_for(host: str, port: int) -> None:
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"--rdzv-endpoint {host}:{port}: nobody answered there within {PATIENCE:g} s ({error.strerror or error})"
+                ) from None
+        time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    run_tool(main)
