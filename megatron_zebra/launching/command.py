@@ -26,23 +26,19 @@ class Training:
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """``words`` as options of the launcher and words for pretrain_zebra.py.
-
-    Raises:
-        UserError: there is no ``--config``.
-    """
-    for i, word in enumerate(words):
-        if word.partition("=")[0] == "--config":
-            return list(words[:i]), list(words[i:])
-    raise UserError("--config FILE is missing; options of the launcher stand before it, --section.key VALUE after it")
+    """``words`` as options of the launcher and words for pretrain_zebra.py, which begin with ``--config``."""
+    begin = next((i for i, word in enumerate(words) if word.partition("=")[0] == "--config"), len(words))
+    return list(words[:begin]), list(words[begin:])
 
 
 def rehearsed(words: list[str], world_sizes: Sequence[int]) -> Training:
     """Dry-run ``words`` on each number of processes. No process is started and torch is not imported.
 
     Raises:
-        UserError: what the dry run says.
+        UserError: what the dry run says, or that there are no words.
     """
+    if not words:
+        raise UserError("--config FILE is missing; options of the launcher stand before it, --section.key VALUE after it")
     for size in world_sizes:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

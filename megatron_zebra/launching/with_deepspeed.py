@@ -7,10 +7,12 @@ import argparse
 import logging
 import os
 import sys
+import time
+from pathlib import Path
 
 from megatron_zebra.errors import UserError, run_tool
 from megatron_zebra.launching.command import TRAINING, WORKER, rehearsed, split
-from megatron_zebra.launching.supervise import at_last_step, supervise
+from megatron_zebra.launching.supervise import FAILED, MISTAKE, at_last_step, supervise
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,11 +39,22 @@ def main() -> None:
     except OSError as error:
         raise UserError(f"logging.run_dir = {training.folder}: cannot be written ({error.strerror})") from None
     command = [
-        *(sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--enable_each_rank_log", str(logs.absolute())),
+        *(sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "warning"),
+        *("--enable_each_rank_log", str(logs.absolute())),
         *(*others, "--module", TRAINING if options.no_check else WORKER, *training.words),
     ]
-    print(f"each process writes to {logs}/TIME_rankN.log, and rank N to {training.folder}/logs/rank-N.log", flush=True)
-    sys.exit(supervise(command, options.max_restarts, lambda: at_last_step(training.config, training.folder)))
+    print(f"the processes write to {logs}/TIME_rankN.log", flush=True)
+    began = time.time()
+    code = supervise(command, options.max_restarts, lambda: at_last_step(training.config, training.folder))
+    if code in (FAILED, MISTAKE):
+        print("\n".join(told_errors(logs, began)), file=sys.stderr)
+    sys.exit(code)
+
+
+def told_errors(logs: Path, since: float) -> list[str]:
+    """Each error that processes wrote to files of ``logs`` after ``since``, once."""
+    texts = [file.read_text(errors="replace") for file in sorted(logs.iterdir()) if file.stat().st_mtime >= since]
+    return list(dict.fromkeys(line for text in texts for line in text.splitlines() if line.startswith("error: ")))
 
 
 def world_size(words: list[str]) -> int:

@@ -16,6 +16,7 @@ from megatron_zebra.launching.command import TRAINING, WORKER, Training, rehears
 from megatron_zebra.launching.supervise import at_last_step, supervise
 
 PORT = 29500
+SILENCE = 20  # seconds until torchrun gives up on a question to the first node (it asks several times)
 PATIENCE = 600.0  # seconds for the first node to come, as torchrun has for the others
 
 
@@ -57,6 +58,7 @@ def main() -> None:
         *("--tee", "3", "--log-dir", str(node_logs(training)), *others),
         *("--module", TRAINING if options.no_check else WORKER, *training.words),
     ]
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[rank ${rank}] ")
     sys.exit(supervise(command, 0, lambda: at_last_step(training.config, training.folder)))
 
@@ -86,7 +88,7 @@ def _meeting(endpoint: str, name: str) -> list[str]:
         _wait_for(host, int(port))
     return [
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}", "--rdzv-id", name),
-        *("--rdzv-conf", f"is_host={int(here)}"),
+        *("--rdzv-conf", f"is_host={int(here)},read_timeout={SILENCE}", "--local-addr", _own_address(host, int(port))),
     ]
 
 
@@ -106,6 +108,14 @@ def is_this_node(host: str) -> bool:
                 continue
             return True
     return False
+
+
+def _own_address(host: str, port: int) -> str:
+    """The address from which this node reaches ``host``; its name may be one that the others cannot resolve."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # sends nothing
+        return str(probe.getsockname()[0])
 
 
 def _wait_for(host: str, port: int) -> None:
