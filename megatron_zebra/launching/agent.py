@@ -10,9 +10,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
 
+from megatron_zebra.launching.supervise import LOST
+
 
 def main(words: Sequence[str]) -> int:
-    """Run torchrun with ``words``; its exit code: the failed process's, 1 where that died of a signal or the nodes lost touch."""
+    """Run torchrun with ``words``; its exit code: the failed process's, or 1 where that died of a signal; LOST."""
     try:
         run(parse_args(words))
     except ChildFailedError as error:
@@ -25,7 +27,7 @@ def main(words: Sequence[str]) -> int:
         return 128 + int(error.sigval)
     except (RendezvousError, DistError) as error:
         _say(f"the nodes have lost touch: {' '.join(str(error).splitlines()[:1])}")
-        return 1
+        return LOST
     return 0
 
 

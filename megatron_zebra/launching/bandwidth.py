@@ -62,9 +62,7 @@ def _link(buffer: torch.Tensor, node: int, rank: int, local: int, pairs: list[tu
     received = torch.empty_like(buffer)
 
     def exchange() -> None:
-        works = dist.batch_isend_irecv(
-            [dist.P2POp(dist.isend, buffer, peer), dist.P2POp(dist.irecv, received, peer)]
-        )
+        works = dist.batch_isend_irecv([dist.P2POp(dist.isend, buffer, peer), dist.P2POp(dist.irecv, received, peer)])
         for work in works:
             work.wait()
 

@@ -38,7 +38,9 @@ def rehearsed(words: list[str], world_sizes: Sequence[int]) -> Training:
         UserError: what the dry run says, or that there are no words.
     """
     if not words:
-        raise UserError("--config FILE is missing; options of the launcher stand before it, --section.key VALUE after it")
+        raise UserError(
+            "--config FILE is missing; options of the launcher stand before it, --section.key VALUE after it"
+        )
     for size in world_sizes:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

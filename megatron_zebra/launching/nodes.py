@@ -75,9 +75,7 @@ def problems(nodes: Sequence[Node], folder: Path, needs_gpus: bool) -> list[str]
             groups.setdefault(node.facts.get(fact, "none"), []).append(node.host)
         if len(groups) > 1:
             rarest_first = sorted(groups.items(), key=lambda group: len(group[1]))
-            lines.append(
-                f"{fact} differs: " + "; ".join(f"{value} on {named(hosts)}" for value, hosts in rarest_first)
-            )
+            lines.append(f"{fact} differs: " + "; ".join(f"{value} on {named(hosts)}" for value, hosts in rarest_first))
     if needs_gpus and (short := [node for node in nodes if node.gpus < node.processes]):
         have = ", ".join(sorted({f"{node.gpus} for {node.processes} processes" for node in short}))
         lines.append(f"GPUs are missing on {named(node.host for node in short)}: {have}")

@@ -6,9 +6,12 @@ a step on a million tokens and its checkpoint. So the processes get the signal f
 
 import contextlib
 import signal
+import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -18,11 +21,43 @@ from megatron_zebra.checkpoint.catalog import entries
 from megatron_zebra.config.sections import Config
 
 DONE, FAILED, MISTAKE, AGAIN = 0, 1, 2, 75  # 75: EX_TEMPFAIL of sysexits.h
+LOST = 70  # from the agent: the nodes have lost touch
+SILENCE = 20.0  # seconds without an answer after which a node counts as out of reach
+PATIENCE = 600.0  # seconds to wait for the node that keeps the meeting place, as torchrun waits for the others
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1 is what Slurm's srun hands on
 
 
-def supervise(command: Sequence[str], restarts: int, finished: Callable[[], bool]) -> int:
-    """Run ``command`` until it ends, up to ``restarts`` times more if it fails.
+@dataclass(frozen=True)
+class Node0:
+    """The node that keeps the meeting place, where that is another one."""
+
+    host: str
+    port: int
+
+    def answers(self) -> bool:
+        """Whether something listens there."""
+        try:
+            socket.create_connection((self.host, self.port), timeout=2).close()
+        except OSError:
+            return False
+        return True
+
+    def wait(self, seconds: float, given_up: Callable[[], bool] = lambda: False) -> bool:
+        """Whether it answers within ``seconds``, or before ``given_up``."""
+        until = time.monotonic() + seconds
+        while not (answers := self.answers()) and time.monotonic() < until and not given_up():
+            time.sleep(0.5)
+        return answers
+
+
+def supervise(
+    command: Callable[[], Sequence[str]],
+    restarts: int,
+    retry: Collection[int],
+    finished: Callable[[], bool],
+    node0: Node0 | None = None,
+) -> int:
+    """Run ``command()`` until it ends, up to ``restarts`` times more if it ends with one of ``retry``.
 
     One of ``SIGNALS`` reaches the training processes as SIGTERM: they save after the step that they are in. Processes that
     did not get so far die of it; where the launcher starts others in their place, it is ended itself. A second
@@ -30,6 +65,8 @@ def supervise(command: Sequence[str], restarts: int, finished: Callable[[], bool
 
     Args:
         finished: whether the run has come to its last step, asked where the command succeeded or was stopped.
+        node0: waited for before each start; when it is out of reach and no training process is left, the command is
+            ended and counts as LOST (torch may wait for its answer for ever).
 
     Returns:
         DONE: the run has come to its last step.
@@ -39,15 +76,19 @@ def supervise(command: Sequence[str], restarts: int, finished: Callable[[], bool
     """
     with _caught() as caught:
         while True:
-            code = _run(command, caught)
-            if code in (DONE, MISTAKE):
-                break
-            if caught or restarts <= 0:
+            code = LOST
+            if node0 is None or node0.wait(PATIENCE, lambda: bool(caught)):
+                code = _run(command(), caught, node0)
+            elif not caught:
+                _say(f"{node0.host}:{node0.port}, where the nodes meet, did not answer within {PATIENCE:g} s")
+                return FAILED
+            if caught or restarts <= 0 or code not in retry:
                 break
             restarts -= 1
+            _say(f"starting again; {restarts} more restarts")
     if code == DONE or (caught and code != MISTAKE):
         return DONE if finished() else AGAIN
-    return code if code == MISTAKE else FAILED
+    return MISTAKE if code == MISTAKE else FAILED
 
 
 def at_last_step(config: Config, folder: Path) -> bool:
@@ -68,14 +109,16 @@ def ranks_below(pid: int) -> list[psutil.Process]:
     return found
 
 
-def _run(command: Sequence[str], caught: list[int]) -> int:
+def _run(command: Sequence[str], caught: list[int], node0: Node0 | None) -> int:
     # A session of its own: what Ctrl-C sends to all of a terminal comes to this process alone.
     process = subprocess.Popen(command, start_new_session=True)
     told: set[int] = set()
-    ending = False
+    ending, began, heard = False, False, time.monotonic()
     while (code := process.poll()) is None:
+        ranks = ranks_below(process.pid)
+        began = began or bool(ranks)
         if caught and not ending:
-            new = [rank for rank in ranks_below(process.pid) if rank.pid not in told]
+            new = [rank for rank in ranks if rank.pid not in told]
             # None yet, others in the place of those that were told, or a user who insists.
             if bool(new) == bool(told) or caught.count(signal.SIGINT) > 1:
                 process.terminate()
@@ -84,8 +127,19 @@ def _run(command: Sequence[str], caught: list[int]) -> int:
                 with contextlib.suppress(psutil.Error):
                     rank.terminate()
             told |= {rank.pid for rank in new}
-        time.sleep(0.1)
+        if node0 is None or ranks or not began or node0.answers():
+            heard = time.monotonic()
+        elif time.monotonic() - heard > SILENCE:
+            _say(f"{node0.host}:{node0.port}, where the nodes meet, cannot be reached")
+            process.kill()
+            process.wait()
+            return LOST
+        time.sleep(0.5)
     return code
+
+
+def _say(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -102,6 +156,3 @@ def _caught() -> Iterator[list[int]]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
-
-
-__all__ = ["AGAIN", "DONE", "FAILED", "MISTAKE", "at_last_step", "ranks_below", "supervise"]

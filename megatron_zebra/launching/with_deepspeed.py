@@ -4,6 +4,7 @@ Options that are not listed here go to ``deepspeed`` as they are; the nodes are 
 """
 
 import argparse
+import functools
 import logging
 import os
 import sys
@@ -45,7 +46,8 @@ def main() -> None:
     ]
     print(f"the processes write to {logs}/TIME_rankN.log", flush=True)
     began = time.time()
-    code = supervise(command, options.max_restarts, lambda: at_last_step(training.config, training.folder))
+    finished = functools.partial(at_last_step, training.config, training.folder)
+    code = supervise(lambda: command, options.max_restarts, range(1, 256), finished)
     if code in (FAILED, MISTAKE):
         print("\n".join(told_errors(logs, began)), file=sys.stderr)
     sys.exit(code)

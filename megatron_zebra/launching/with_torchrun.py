@@ -4,20 +4,18 @@ Options that are not listed here go to torchrun as they are.
 """
 
 import argparse
+import functools
 import os
 import re
 import socket
 import sys
-import time
 from pathlib import Path
 
 from megatron_zebra.errors import UserError, run_tool
 from megatron_zebra.launching.command import TRAINING, WORKER, Training, rehearsed, split
-from megatron_zebra.launching.supervise import at_last_step, supervise
+from megatron_zebra.launching.supervise import LOST, SILENCE, Node0, at_last_step, supervise
 
 PORT = 29500
-SILENCE = 20  # seconds until torchrun gives up on a question to the first node (it asks several times)
-PATIENCE = 600.0  # seconds for the first node to come, as torchrun has for the others
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,18 +47,23 @@ def main() -> None:
     if most > 1 and not options.rdzv_endpoint:
         raise UserError(f"--rdzv-endpoint HOST[:PORT]: must name one of the {most} nodes, the same on all")
     training = rehearsed(training_words, sorted({least * processes, most * processes}))
-    meet = ["--standalone"]
-    if options.rdzv_endpoint:
-        meet = _meeting(options.rdzv_endpoint, options.rdzv_id)
-    command = [
-        *(sys.executable, "-m", "megatron_zebra.launching.agent", "--nnodes", options.nnodes),
-        *("--nproc-per-node", str(processes), "--max-restarts", str(options.max_restarts), *meet),
-        *("--tee", "3", "--log-dir", str(node_logs(training)), *others),
-        *("--module", TRAINING if options.no_check else WORKER, *training.words),
-    ]
+    node0 = _node0(options.rdzv_endpoint) if options.rdzv_endpoint else None
+    here = node0 is None or is_this_node(node0.host)
+    logs = node_logs(training)
+
+    def command() -> list[str]:
+        return [
+            *(sys.executable, "-m", "megatron_zebra.launching.agent", "--nnodes", options.nnodes),
+            *("--nproc-per-node", str(processes), "--max-restarts", str(options.max_restarts)),
+            *(_meeting(node0, here, options.rdzv_id) if node0 else ["--standalone"]),
+            *("--tee", "3", "--log-dir", str(logs), *others),
+            *("--module", TRAINING if options.no_check else WORKER, *training.words),
+        ]
+
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[rank ${rank}] ")
-    sys.exit(supervise(command, 0, lambda: at_last_step(training.config, training.folder)))
+    finished = functools.partial(at_last_step, training.config, training.folder)
+    sys.exit(supervise(command, options.max_restarts, {LOST}, finished, None if here else node0))
 
 
 def node_logs(training: Training) -> Path:
@@ -80,16 +83,30 @@ def visible_gpus() -> int:
     return len([path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)])
 
 
-def _meeting(endpoint: str, name: str) -> list[str]:
-    """torchrun's options to meet at ``endpoint``; waits for that node, if it is another."""
-    host, _, port = endpoint.rpartition(":") if re.search(r":\d+$", endpoint) else (endpoint, "", str(PORT))
-    here = is_this_node(host)
-    if not here:
-        _wait_for(host, int(port))
+def _node0(endpoint: str) -> Node0:
+    host, _, port = endpoint.partition(":")
+    if not host or not re.fullmatch(r"\d{0,5}", port):
+        raise UserError(f"--rdzv-endpoint {endpoint}: must be HOST or HOST:PORT")
+    return Node0(host, int(port or PORT))
+
+
+def _meeting(node0: Node0, here: bool, name: str) -> list[str]:
+    """torchrun's options to meet there; ``here``: this node keeps the place."""
     return [
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}", "--rdzv-id", name),
-        *("--rdzv-conf", f"is_host={int(here)},read_timeout={SILENCE}", "--local-addr", _own_address(host, int(port))),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{node0.host}:{node0.port}", "--rdzv-id", name),
+        *("--rdzv-conf", f"is_host={int(here)},read_timeout={SILENCE:.0f}", "--local-addr", _own_address(node0)),
     ]
+
+
+def _own_address(node0: Node0) -> str:
+    """The address from which this node reaches the first one; its name may be one that the others cannot resolve."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(node0.host, node0.port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError:
+        return socket.gethostname()
 
 
 def is_this_node(host: str) -> bool:
@@ -108,28 +125,6 @@ def is_this_node(host: str) -> bool:
                 continue
             return True
     return False
-
-
-def _own_address(host: str, port: int) -> str:
-    """The address from which this node reaches ``host``; its name may be one that the others cannot resolve."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(address)  # sends nothing
-        return str(probe.getsockname()[0])
-
-
-def _wait_for(host: str, port: int) -> None:
-    until = time.monotonic() + PATIENCE
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=5).close()
-            return
-        except OSError as error:
-            if time.monotonic() > until:
-                raise UserError(
-                    f"--rdzv-endpoint {host}:{port}: nobody answered there within {PATIENCE:g} s ({error.strerror or error})"
-                ) from None
-        time.sleep(0.5)
 
 
 if __name__ == "__main__":
