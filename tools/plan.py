@@ -82,7 +82,9 @@ def _plan(arguments: argparse.Namespace, config: Config, device: object) -> None
         if not plans:
             return
         chosen = plans[0].config
-    print(table.details(plan(arch, chosen, arguments.gpus, machine), arch, tokens))
+    wanted = plan(arch, chosen, arguments.gpus, machine)
+    print(table.details(wanted, arch, tokens))
+    print(f"\n# in short\n  {table.in_short(wanted, tokens)}")
     if arguments.lengths:
         found = at_lengths(arch, chosen, arguments.gpus, machine, sorted(arguments.lengths))
         print(table.by_length(found, arguments.lengths))

@@ -79,6 +79,15 @@ def details(plan: Plan, arch: Architecture, tokens: float) -> str:
     return "\n".join(lines)
 
 
+def in_short(plan: Plan, tokens: float) -> str:
+    """The plan in one line, as the heads of launch/recipes have it."""
+    time = plan.time
+    return (
+        f"{plan.memory.total / GIB:.1f} GiB on the fullest GPU; a step {time.total:.1f} s, {time.tokens_per_second:,.0f} tokens/s, "
+        f"MFU {time.mfu:.0%}; {time.days(tokens):.1f} days for {tokens / 1e9:.1f} G tokens"
+    )
+
+
 def by_length(found: Mapping[int, tuple[Plan, Plan]], asked: Collection[int]) -> str:
     """Zebra beside full attention."""
     lines = [
