@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced, from the checkout's root: source launch/environment.sh [EXTRAS]        (EXTRAS: "", "test", "test,dev", "gpu")
 #
 # Makes or re-uses .venv in the checkout, installs the package with the tested versions of constraints.txt, and
@@ -102,6 +103,7 @@ zebra_environment() { # EXTRAS
         fi
         zebra_prepare "$1"
     ) || return
+    # shellcheck disable=SC1091
     source .venv/bin/activate
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     # Without a GPU DeepSpeed is told so, or it warns that it found none.
@@ -110,5 +112,7 @@ zebra_environment() { # EXTRAS
     fi
 }
 
+# shellcheck disable=SC2046
 zebra_environment "${1-}" || { unset -f $(compgen -A function zebra_); return 1; }
+# shellcheck disable=SC2046
 unset -f $(compgen -A function zebra_)

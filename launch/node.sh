@@ -1,5 +1,5 @@
+# shellcheck shell=bash disable=SC2154
 # Sourced by the launchers, with $root: the environment of this node's processes.
-# shellcheck shell=bash
 
 # The checkout's own environment if there is one (launch/environment.sh makes it), else the python at hand (an image's).
 # shellcheck disable=SC1091

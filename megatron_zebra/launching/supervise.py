@@ -134,7 +134,8 @@ def _run(command: Sequence[str], caught: list[int], node0: Node0 | None) -> int:
             process.kill()
             process.wait()
             return LOST
-        time.sleep(0.5)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.3)
     return code
 
 
