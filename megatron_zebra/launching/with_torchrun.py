@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_zebra.errors import UserError, run_tool
 from megatron_zebra.launching.command import TRAINING, WORKER, Training, rehearsed, split
-from megatron_zebra.launching.supervise import LOST, SILENCE, Node0, at_last_step, supervise
+from megatron_zebra.launching.supervise import LOST, Node0, at_last_step, supervise
 
 PORT = 29500
 
@@ -60,6 +60,8 @@ def main() -> None:
             *("--module", TRAINING if options.no_check else WORKER, *training.words),
         ]
 
+    # With torchrun's own store a node that returns would wait for an address that is written in the first round alone.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[rank ${rank}] ")
     finished = functools.partial(at_last_step, training.config, training.folder)
@@ -94,7 +96,7 @@ def _meeting(node0: Node0, here: bool, name: str) -> list[str]:
     """torchrun's options to meet there; ``here``: this node keeps the place."""
     return [
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{node0.host}:{node0.port}", "--rdzv-id", name),
-        *("--rdzv-conf", f"is_host={int(here)},read_timeout={SILENCE:.0f}", "--local-addr", _own_address(node0)),
+        *("--rdzv-conf", f"is_host={int(here)}", "--local-addr", _own_address(node0)),
     ]
 
 

@@ -82,9 +82,11 @@ def details(plan: Plan, arch: Architecture, tokens: float) -> str:
 def in_short(plan: Plan, tokens: float) -> str:
     """The plan in one line, as the heads of launch/recipes have it."""
     time = plan.time
+    days = time.days(tokens)
+    took = f"{days:.1f} days" if days >= 2 else f"{24 * days:.1f} hours"
     return (
         f"{plan.memory.total / GIB:.1f} GiB on the fullest GPU; a step {time.total:.1f} s, {time.tokens_per_second:,.0f} tokens/s, "
-        f"MFU {time.mfu:.0%}; {time.days(tokens):.1f} days for {tokens / 1e9:.1f} G tokens"
+        f"MFU {time.mfu:.0%}; {took} for {tokens / 1e9:.1f} G tokens"
     )
 
 
