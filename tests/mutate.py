@@ -700,6 +700,55 @@ MUTATIONS = [
         'dark.addEventListener("changed"',
         "tests/report/test_page.py -k every_point",
     ),
+    Mutation(
+        "a stopped run is called finished",
+        "megatron_zebra/launching/supervise.py",
+        "return DONE if finished() else AGAIN",
+        "return DONE",
+        "tests/launching/test_supervise.py",
+    ),
+    Mutation(
+        "a launcher that starts others after a signal goes on",
+        "megatron_zebra/launching/supervise.py",
+        "if bool(new) == bool(told) or",
+        "if not (new or told) or",
+        "tests/launching/test_supervise.py -k not_started_again",
+    ),
+    Mutation(
+        "a launcher that hangs over a lost node is waited for",
+        "megatron_zebra/launching/supervise.py",
+        "node0 is None or ranks or not began or node0.answers()",
+        "node0 is None or True",
+        "tests/launching/test_supervise.py -k hangs",
+    ),
+    Mutation(
+        "nodes of different versions train together",
+        "megatron_zebra/launching/nodes.py",
+        "if len(groups) > 1:",
+        "if len(groups) > 2:",
+        "tests/launching/test_nodes.py",
+    ),
+    Mutation(
+        "a run folder of its own goes unnoticed",
+        "megatron_zebra/launching/check.py",
+        "            return False\n",
+        "            return True\n",
+        "tests/launching/test_check.py -k folder",
+    ),
+    Mutation(
+        "a node has two links in a round",
+        "megatron_zebra/launching/nodes.py",
+        "even = count - count % 2",
+        "even = count",
+        "tests/launching/test_nodes.py -k rounds",
+    ),
+    Mutation(
+        "a job that is done goes back into the queue",
+        "launch/slurm/train.sbatch",
+        '[ -n "$requeue" ] && [ "$code" = 75 ]',
+        '[ -n "$requeue" ]',
+        "tests/launching/test_scripts.py -k requeues",
+    ),
 ]
 
 

@@ -100,7 +100,7 @@ def _told(nodes: Sequence[Node], figures: Figures) -> list[str]:
     node = nodes[0]
     kind = f", GPUs: {node.facts['GPUs']}" if node.gpus else ""
     lines = [
-        f"nodes: {named(hosts)}; {node.processes} processes each{kind}; equal versions, one run folder (torch {node.facts['torch']}, NCCL {node.facts['NCCL']})"
+        f"nodes: {named(hosts)}; {node.processes} process{'es' * (node.processes > 1)} each{kind}; equal versions, one run folder (torch {node.facts['torch']}, NCCL {node.facts['NCCL']})"
     ]
     if figures.all_reduce is not None:
         parts = [f"{figures.all_reduce / 1e9:.2f} GB/s over all {len(nodes) * node.processes} ranks"]

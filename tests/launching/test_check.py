@@ -44,7 +44,7 @@ def test_equal_nodes_are_measured(tmp_path: Path) -> None:
     ends = run(tmp_path, 3)
     assert [end.code for end in ends] == [0, 0, 0], ends
     first, second = ends[0].stderr.splitlines()[:2]
-    assert first.startswith("nodes: h0, h1, h2; 1 processes each; equal versions, one run folder")
+    assert first.startswith("nodes: h0, h1, h2; 1 process each; equal versions, one run folder")
     assert second.startswith("nodes: all-reduce of 4 MiB: ")
     assert "GB/s over all 3 ranks" in second
     assert "received by a node from the next" in second
@@ -72,8 +72,29 @@ def test_a_folder_of_its_own_ends_all_in_one_line(tmp_path: Path) -> None:
 def test_alone_it_measures_nothing(tmp_path: Path) -> None:
     (end,) = run(tmp_path, 1)
     assert end.code == 0, end
-    assert end.stderr.splitlines()[0].startswith("nodes: h0; 1 processes each")
+    assert end.stderr.splitlines()[0].startswith("nodes: h0; 1 process each")
     assert "all-reduce" not in end.stderr
+
+
+def test_a_slow_node_is_warned_of_by_what_it_is_slow_in() -> None:
+    from megatron_zebra.launching.bandwidth import Figures
+    from megatron_zebra.launching.check import _told
+    from megatron_zebra.launching.nodes import Node
+
+    nodes = [Node(host, {"torch": "2.13", "NCCL": "2.28", "GPUs": "8 x H100"}, 8, 8, True) for host in "abcd"]
+    figures = Figures(1 << 28, 150e9, [300e9, 290e9, 110e9, 301e9], [40e9, 12e9, 41e9, 42e9])
+    lines = _told(nodes, figures)
+    assert lines[0] == (
+        "nodes: a, b, c, d; 8 processes each, GPUs: 8 x H100; equal versions, one run folder (torch 2.13, NCCL 2.28)"
+    )
+    assert lines[1] == (
+        "nodes: all-reduce of 256 MiB: 150.00 GB/s over all 32 ranks, 110.00 to 301.00 GB/s within a node, "
+        "12.00 to 42.00 GB/s received by a node from the next"
+    )
+    assert lines[2:] == [
+        "warning: c is slow within it: 110.00 GB/s, the median is 295.00",
+        "warning: b is slow with its neighbours: 12.00 GB/s, the median is 40.50",
+    ]
 
 
 @pytest.mark.parametrize("name", ["localhost", "127.0.0.1"])
