@@ -56,6 +56,7 @@ def supervise(
     retry: Collection[int],
     finished: Callable[[], bool],
     node0: Node0 | None = None,
+    ranks_of: Callable[[int], list[psutil.Process]] | None = None,
 ) -> int:
     """Run ``command()`` until it ends, up to ``restarts`` times more if it ends with one of ``retry``.
 
@@ -67,6 +68,7 @@ def supervise(
         finished: whether the run has come to its last step, asked where the command succeeded or was stopped.
         node0: waited for before each start; when it is out of reach and no training process is left, the command is
             ended and counts as LOST (torch may wait for its answer for ever).
+        ranks_of: the training processes of this node that a command's process has started; ``ranks_below`` if None.
 
     Returns:
         DONE: the run has come to its last step.
@@ -78,7 +80,7 @@ def supervise(
         while True:
             code = LOST
             if node0 is None or node0.wait(PATIENCE, lambda: bool(caught)):
-                code = _run(command(), caught, node0)
+                code = _run(command(), caught, node0, ranks_of or ranks_below)
             elif not caught:
                 _say(f"{node0.host}:{node0.port}, where the nodes meet, did not answer within {PATIENCE:g} s")
                 return FAILED
@@ -109,13 +111,25 @@ def ranks_below(pid: int) -> list[psutil.Process]:
     return found
 
 
-def _run(command: Sequence[str], caught: list[int], node0: Node0 | None) -> int:
+def ranks_with(words: Sequence[str]) -> list[psutil.Process]:
+    """The ranks on this node whose command line ends with ``words``, whoever started them (over ssh: no child of ours)."""
+    found = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[-len(words) :] == list(words) and "RANK" in process.environ():
+                found[process.pid] = process
+    return [process for process in found.values() if process.ppid() not in found]
+
+
+def _run(
+    command: Sequence[str], caught: list[int], node0: Node0 | None, ranks_of: Callable[[int], list[psutil.Process]]
+) -> int:
     # A session of its own: what Ctrl-C sends to all of a terminal comes to this process alone.
     process = subprocess.Popen(command, start_new_session=True)
     told: set[int] = set()
     ending, began, heard = False, False, time.monotonic()
     while (code := process.poll()) is None:
-        ranks = ranks_below(process.pid)
+        ranks = ranks_of(process.pid) if caught or node0 else []
         began = began or bool(ranks)
         if caught and not ending:
             new = [rank for rank in ranks if rank.pid not in told]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_zebra.errors import UserError, run_tool
 from megatron_zebra.launching.command import TRAINING, WORKER, rehearsed, split
-from megatron_zebra.launching.supervise import FAILED, MISTAKE, at_last_step, supervise
+from megatron_zebra.launching.supervise import FAILED, MISTAKE, at_last_step, ranks_with, supervise
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,7 +47,9 @@ def main() -> None:
     print(f"the processes write to {logs}/TIME_rankN.log", flush=True)
     began = time.time()
     finished = functools.partial(at_last_step, training.config, training.folder)
-    code = supervise(lambda: command, options.max_restarts, range(1, 256), finished)
+    code = supervise(
+        lambda: command, options.max_restarts, range(1, 256), finished, ranks_of=lambda _: ranks_with(training.words)
+    )
     if code in (FAILED, MISTAKE):
         print("\n".join(told_errors(logs, began)), file=sys.stderr)
     sys.exit(code)

@@ -136,3 +136,20 @@ def test_ranks_are_the_topmost_processes_that_a_launcher_made_one() -> None:
             time.sleep(0.02)
         assert [rank.environ()["RANK"] for rank in found] == ["3"]
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_ranks_that_another_process_started_are_known_by_their_words(tmp_path: Path) -> None:
+    """As where sshd has started them: with RANK, the training's words at the end, and not a rank's own fork."""
+    (tmp_path / "rank.sh").write_text("sleep 30 & (sleep 30; true) & wait")
+    words = ["--config", f"{tmp_path}/my.yaml"]
+    command = ["bash", f"{tmp_path}/rank.sh", *words]
+    with (
+        subprocess.Popen(command, env=os.environ | {"RANK": "1"}, start_new_session=True) as rank,
+        subprocess.Popen(command, start_new_session=True) as other,
+    ):
+        until = time.monotonic() + 10
+        while not (found := module.ranks_with(words)) and time.monotonic() < until:
+            time.sleep(0.02)
+        assert [process.pid for process in found] == [rank.pid]
+        for process in (rank, other):
+            os.killpg(process.pid, signal.SIGKILL)
