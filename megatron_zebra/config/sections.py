@@ -282,6 +282,13 @@ class Checkpoint(Section):
     interval: int = key(500, "steps between saves (one more at the end); 0 = only at the end", "steps", ge=0)
     keep_last: int = key(3, "newest checkpoints kept", ge=1)
     keep_every: int = key(0, "keep those of every so many steps for ever; 0 = none", "steps", ge=0)
+    background: bool = key(
+        True, "training waits for a copy of the state in host memory alone, and goes on while that is written"
+    )
+    mirror: str | None = key(
+        None, "address of a second home for each checkpoint, of any kind that fsspec knows: s3://bucket/run"
+    )
+    time_budget: float = key(0.05, "part of the time that training may wait for saves; more is warned of", gt=0, le=1)
     load: str | None = key(None, "a checkpoint to begin a new run from, if run_dir holds none")
     load_part: Literal["all", "weights"] = key(
         "all", "all = weights, moments, step and data order; weights = a fresh optimizer at step 0"

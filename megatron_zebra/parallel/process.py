@@ -135,15 +135,20 @@ def sum_over(values: list[float], device: torch.device) -> list[float]:
 
 
 class WorldCollective:
-    """All ranks of ``grid``, as the checkpoint store asks for them."""
+    """All ranks of ``grid``, as the checkpoint store asks for them.
 
-    def __init__(self, grid: Grid) -> None:
+    Args:
+        aside: in a group of its own, over gloo, that another thread may use while this one trains; made by all ranks together.
+    """
+
+    def __init__(self, grid: Grid, aside: bool = False) -> None:
         self.rank, self.world_size = grid.rank, grid.world_size
+        self._group = dist.new_group(backend="gloo") if aside else None
 
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's ``value``, in rank order, on every rank."""
         gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, value)
+        dist.all_gather_object(gathered, value, self._group)
         return gathered
 
 

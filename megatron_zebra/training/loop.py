@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from megatron_zebra.checkpoint.errors import DiskFull
 from megatron_zebra.config.sections import Config
 from megatron_zebra.data.batch import BatchLoader
 from megatron_zebra.errors import UserError
@@ -31,9 +30,10 @@ from megatron_zebra.training.inputs import Inputs
 from megatron_zebra.training.loggers import Logger, open_loggers
 from megatron_zebra.training.metrics import MetricsFile, Record
 from megatron_zebra.training.run_folder import rank_log, writing
+from megatron_zebra.training.saver import Saver
 from megatron_zebra.training.schedule import global_batch_size, learning_rate
 from megatron_zebra.training.start import start
-from megatron_zebra.training.state import Progress, save_state
+from megatron_zebra.training.state import Progress
 from megatron_zebra.training.step import StepOutcome, train_step
 from megatron_zebra.training.tasks import run_task
 
@@ -58,8 +58,12 @@ def train(config: Config, arch: Architecture, inputs: Inputs, folder: Path, grid
         log.info(note)
         console.say(note)
     with _Sinks(config, folder, progress.step, grid.is_main) as sinks, _sigterm() as stop_wanted:
-        run = _Run(config, arch, inputs, folder, grid, trained, collective, console, sinks)
-        run.until_done(progress, stop_wanted)
+        run = _Run(config, arch, inputs, folder, grid, trained, console, sinks)
+        try:
+            run.until_done(progress, stop_wanted)
+        except BaseException:
+            run.saver.failing()
+            raise
     console.close()
     if grid.is_main and (folder / "metrics.jsonl").stat().st_size:
         try:
@@ -80,15 +84,15 @@ class _Run:
         folder: Path,
         grid: Grid,
         trained: Trained,
-        collective: WorldCollective,
         console: Console,
         sinks: "_Sinks",
     ) -> None:
         self.config, self.arch, self.inputs, self.folder, self.grid = config, arch, inputs, folder, grid
-        self.trained, self.collective, self.console, self.sinks = trained, collective, console, sinks
+        self.trained, self.console, self.sinks = trained, console, sinks
         self.flops = StepFlops(arch)
         self.peak = _peak(config, grid.device)
         self.subject = Subject(arch, grid, trained.runner, trained.context, trained.decoder)
+        self.saver = Saver(config, arch, folder, trained.optimizer, grid, console)
         self.diagnostics = Diagnostics(config.training, folder, grid.rank, grid.device)
 
     def until_done(self, progress: Progress, stop_wanted: Any) -> None:
@@ -96,7 +100,7 @@ class _Run:
         if progress.step >= steps:
             self.console.say(f"nothing to do: {self.folder} is at step {progress.step} of training.steps = {steps}")
             return
-        nonfinite, stopped, saved_step = 0, False, -1
+        nonfinite, stopped = 0, False
         with self._loader(progress) as loader:
             while progress.step < steps and not stopped:
                 began = time.monotonic()
@@ -141,8 +145,9 @@ class _Run:
                         f"the loss or the gradient was not finite {nonfinite} steps in a row (training.max_nonfinite_steps), up to step "
                         f"{progress.step}; checkpoints of {self.folder} are as they were"
                     )
-                if last or (config.checkpoint.interval and progress.step % config.checkpoint.interval == 0):
-                    saved_step = self._save(progress, last) or saved_step
+                self.saver.tell()
+                if last or self.saver.due(progress.step):
+                    self.saver.save(progress, last)
         if stopped and progress.step < steps:
             self.console.say(f"stopped by SIGTERM after step {progress.step}; the same command resumes from there")
 
@@ -183,6 +188,7 @@ class _Run:
             "mfu": flops_per_second / self.peak / self.grid.world_size if self.peak else None,
             "step_time": seconds,
             "data_time": data_time,
+            "save_time": self.saver.take_waited(),
             "compute_time": outcome.compute_time,
             "optimizer_time": outcome.optimizer_time,
             "exchange_time": self.grid.traffic.seconds,
@@ -210,25 +216,6 @@ class _Run:
         self.sinks.write_evaluation(record["step"], results)
         losses = "  ".join(f"{name} {result.loss:.4f}" for name, result in results.items())
         self.console.say(f"validation at step {record['step']}: {losses}")
-
-    def _save(self, progress: Progress, last: bool) -> int | None:
-        """Save; a full disk ends the run only where no later save could mend it."""
-        try:
-            saved = save_state(
-                self.folder / "checkpoints",
-                progress,
-                self.config,
-                self.arch,
-                self.trained.optimizer,
-                self.collective,
-            )
-        except DiskFull as error:
-            if last:
-                raise
-            self.console.say(f"warning: step {progress.step} was not saved: {error}")
-            return None
-        self.console.say(f"saved {saved}")
-        return progress.step
 
 
 class _Sinks:

@@ -14,6 +14,7 @@ from megatron_zebra.checkpoint.pieces import PieceKey
 from megatron_zebra.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_zebra.checkpoint.save import Saved, save
 from megatron_zebra.checkpoint.verify import find_latest_good
+from megatron_zebra.config.sections import Checkpoint as SaveSettings
 from megatron_zebra.config.sections import Config, Lora
 from megatron_zebra.convert.source import ModelSource
 from megatron_zebra.errors import UserError
@@ -37,36 +38,46 @@ class Progress:
     data: list[str] = field(default_factory=list)
 
 
-def save_state(
-    root: Path,
-    progress: Progress,
-    config: Config,
-    arch: Architecture,
-    optimizer: ShardedOptimizer,
-    collective: Collective,
-) -> Saved:
-    """Write a checkpoint of ``progress.step`` under ``root``; called by all ranks."""
-    held = list(optimizer.held())
-    pieces = [piece for part in held for piece in _pieces(part)]
-    lora, settings = config.training.lora, config.checkpoint
+@dataclass(frozen=True)
+class State:
+    """All that a checkpoint of ``step`` holds: this rank's pieces, what is said of them, and which tensors must be there."""
+
+    step: int
+    pieces: list[tuple[PieceKey, Any]]
+    metadata: dict[str, Any]
+    expected: dict[tuple[str, str], tuple[int, ...]]
+
+    def save(self, root: Path, settings: SaveSettings, collective: Collective) -> Saved:
+        """Write it under ``root``; called by all ranks."""
+        return save(
+            root,
+            self.step,
+            iter(self.pieces),
+            self.metadata,
+            collective=collective,
+            expected=self.expected,
+            expected_bytes=sum(tensor.nbytes for _, tensor in self.pieces),
+            keep_last=settings.keep_last,
+            keep_every=settings.keep_every,
+        )
+
+
+def state_of(progress: Progress, config: Config, arch: Architecture, optimizer: ShardedOptimizer) -> State:
+    """The state at ``progress``; its pieces are the optimizer's own memory."""
+    lora = config.training.lora
     shapes = arch.parameter_shapes() | adapter_shapes(arch, lora)
     expected = {
         (name, kind): shape
         for name, shape in shapes.items()
         for kind in (KINDS if is_trained(name, config.training) else ("weight",))
     }
-    metadata = {"architecture": arch.to_dict(), "progress": asdict(replace(progress, updates=optimizer.updates()))}
-    return save(
-        root,
-        progress.step,
-        iter(pieces),
-        metadata | ({"lora": to_metadata(lora)} if lora.rank else {}),
-        collective=collective,
-        expected=expected,
-        expected_bytes=sum(tensor.nbytes for _, tensor in pieces),
-        keep_last=settings.keep_last,
-        keep_every=settings.keep_every,
-    )
+    metadata: dict[str, Any] = {
+        "architecture": arch.to_dict(),
+        "progress": asdict(replace(progress, updates=optimizer.updates())),
+    }
+    if lora.rank:
+        metadata["lora"] = to_metadata(lora)
+    return State(progress.step, [piece for part in optimizer.held() for piece in _pieces(part)], metadata, expected)
 
 
 def resume_state(
