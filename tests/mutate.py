@@ -173,6 +173,27 @@ MUTATIONS = [
         "tests/evaluation",
     ),
     Mutation(
+        "a save beside training writes what training has made of the state since",
+        "megatron_zebra/training/saver.py",
+        "pieces=self.copies.of(state.pieces)",
+        "pieces=state.pieces",
+        "tests/training/test_saver.py",
+    ),
+    Mutation(
+        "training waits for the disk",
+        "megatron_zebra/training/saver.py",
+        "            self.running.start(lambda: self._write(state, self.aside))\n",
+        "            self.running.start(lambda: self._write(state, self.aside))\n            self.tell(None)\n",
+        "tests/training/test_saver.py",
+    ),
+    Mutation(
+        "in the second home the index comes first",
+        "megatron_zebra/checkpoint/mirror.py",
+        "alone=True)\n        self._together(group, f\"copying {folder.name} to\", own)\n        self._together(group, f\"copying {folder.name} to\", finish, alone=True)",
+        "alone=True)\n        self._together(group, f\"copying {folder.name} to\", finish, alone=True)\n        self._together(group, f\"copying {folder.name} to\", own)",
+        "tests/checkpoint/test_mirror.py",
+    ),
+    Mutation(
         "latest moves before the data",
         "megatron_zebra/checkpoint/save.py",
         "        files.make_folder(folder)\n    return folder",

@@ -30,7 +30,7 @@ class Mirror:
         try:
             self.fs, self.root = url_to_fs(self.url)
         except (ImportError, ValueError) as error:
-            raise CheckpointError(f"{url}: {error}") from None
+            raise CheckpointError(f"checkpoint.mirror = {url}: {error}") from None
 
     def upload(self, folder: Path, group: Collective, keep_last: int, keep_every: int) -> None:
         """Copy the complete checkpoint ``folder`` up, then remove those that the rule of ``catalog.prune`` no longer keeps."""

@@ -11,8 +11,11 @@ import pytest
 from megatron_zebra.checkpoint import files
 from megatron_zebra.checkpoint.reader import open_checkpoint
 from megatron_zebra.parallel.grid import Grid
+from megatron_zebra.planning.memory import saved_bytes
+from megatron_zebra.planning.stages import Stages
 from megatron_zebra.training import loop
 from megatron_zebra.training.console import Console
+from tests.training.cases import opened, small
 from tests.training.runs import Seen, curve, metrics, run
 
 QUICK = {"model__num_layers": 2, "training__global_batch_size": 4, "training__steps": 6, "checkpoint__keep_last": 9}
@@ -59,6 +62,17 @@ def test_training_goes_on_and_the_copy_is_of_its_step(run_distributed: Any, tmp_
     for step in (2, 4, 6):
         assert contents_of(tmp_path / "beside", step) == contents_of(tmp_path / "blocking", step)
     assert curve(tmp_path / "beside") == curve(tmp_path / "blocking")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_the_planned_copy_is_what_a_rank_writes(run_distributed: Any, tmp_path: Path, stage: int) -> None:
+    settings = QUICK | {"training__steps": 1, "optimizer__zero_stage": stage}
+    run_distributed(run, 2, tmp_path, settings)
+    config = small(**settings)
+    arch, _ = opened(config)
+    planned = saved_bytes(arch, config, 2, Stages.whole(arch.num_layers))
+    for file in (tmp_path / "checkpoints" / "step-00000001").glob("*.bin"):
+        assert file.stat().st_size == pytest.approx(planned, rel=0.15)  # whole tensors' ends, and alignment
 
 
 def test_a_full_disk_is_told_once_the_save_beside_training_met_it(run_distributed: Any, tmp_path: Path) -> None:
