@@ -19,7 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def measure(hidden_size: int, steps: int, interval: int, background: bool, where: Path) -> tuple[float, list[float], str]:
+def measure(
+    hidden_size: int, steps: int, interval: int, background: bool, where: Path
+) -> tuple[float, list[float], str]:
     """Seconds of all steps, seconds that training waited at each save, and what was said of the saves."""
     with tempfile.TemporaryDirectory(dir=where) as folder:
         settings = {
@@ -64,7 +66,9 @@ def main() -> None:
     parser.add_argument("--hidden_size", type=int, default=1792)
     parser.add_argument("--steps", type=int, default=13)
     parser.add_argument("--interval", type=int, default=6)
-    parser.add_argument("--where", type=Path, default=None, help="a folder of the disk to save to (default: the temporary one)")
+    parser.add_argument(
+        "--where", type=Path, default=None, help="a folder of the disk to save to (default: the temporary one)"
+    )
     options = parser.parse_args()
     saves = (options.steps - 1) // options.interval
     print(f"{'saves':10} {'seconds of steps':>17} {'delay a save':>13}  waits (s)")
@@ -77,7 +81,10 @@ def main() -> None:
         seconds, waits, said = measure(options.hidden_size, options.steps, interval, background, options.where)
         base = base or seconds
         delay = (seconds - base) / saves
-        print(f"{name:10} {seconds:17.1f} {delay:13.2f}  {', '.join(f'{wait:.2f}' for wait in waits)}   {said}", flush=True)
+        print(
+            f"{name:10} {seconds:17.1f} {delay:13.2f}  {', '.join(f'{wait:.2f}' for wait in waits)}   {said}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_zebra.checkpoint import catalog
 from megatron_zebra.checkpoint.background import Background, HostCopies
 from megatron_zebra.checkpoint.collective import Collective
 from megatron_zebra.checkpoint.errors import CheckpointError, DiskFull
@@ -75,6 +76,10 @@ class Saver:
             self.tell(PATIENCE)
         except Exception as error:
             self.console.say(f"warning: step {self.saving} was not saved: {error}")
+
+    def has_saved(self) -> bool:
+        """Whether the run has a checkpoint of its own; called by all ranks."""
+        return bool(self.collective.all_gather(catalog.newest(self.root) is not None)[0])
 
     def take_waited(self) -> float:
         """Seconds that training waited for saves since this was asked last."""

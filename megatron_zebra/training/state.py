@@ -22,11 +22,12 @@ from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.lora import ADAPTERS, adapter_shapes, from_metadata, to_metadata
 from megatron_zebra.model.trained import is_trained
 from megatron_zebra.parallel.optimizer import KINDS, Held, ShardedOptimizer
+from megatron_zebra.training.spike import Usual
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. ``data`` names the training data that ``consumed_rows`` counts in."""
+    """How far a run is. ``data`` names the training data that ``consumed_rows`` counts in, ``usual`` what losses it had."""
 
     step: int = 0
     consumed_rows: int = 0
@@ -36,6 +37,7 @@ class Progress:
     updates: int = 0
     seed: int = 0
     data: list[str] = field(default_factory=list)
+    usual: Usual = field(default_factory=Usual)
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,9 @@ def restore(checkpoint: Checkpoint, config: Config, arch: Architecture, optimize
                     "frozen, or begin a new run (checkpoint.load, checkpoint.load_part: weights)"
                 )
             values.copy_(_read(checkpoint, part, kind))
-    progress = Progress(**checkpoint.metadata["progress"])
+    stored_progress = dict(checkpoint.metadata["progress"])
+    usual = Usual(**stored_progress.pop("usual", {}))  # older checkpoints do not know it
+    progress = Progress(**stored_progress, usual=usual)
     optimizer.restored(progress.updates)
     return progress
 
