@@ -715,7 +715,7 @@ MUTATIONS = [
         "docs/megatron.md",
         "`parallel.timeout` | in seconds",
         "`parallel.time_out` | in seconds",
-        "tests/docs/test_megatron.py",
+        "tests/docs/test_keys.py",
     ),
     Mutation(
         "an option that the documentation makes up",

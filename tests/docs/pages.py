@@ -4,9 +4,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_zebra.config.sections import Config
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_KEY = re.compile(r"([a-z]+(?:\.[a-z0-9_]+)+)(?:: (.+))?")
+_FILES = (".jsonl", ".safetensors")  # files whose name begins as a section's does
 _SEPARATOR = re.compile(r"[|\s:-]+")
 
 
@@ -46,3 +50,16 @@ def rows(text: str) -> list[list[str]]:
 def quoted(text: str) -> list[str]:
     """What stands between backticks."""
     return re.findall(r"`([^`]+)`", text)
+
+
+def named(text: str) -> list[tuple[str, str | None]]:
+    """Keys of the configuration between backticks, as ``section.key`` or ``section.key: value``."""
+    found = [_KEY.fullmatch(word) for word in quoted(text)]
+    return [
+        (match[1], match[2])
+        for match in found
+        if match
+        and match[1].split(".")[0] in Config.model_fields
+        and not match[1].endswith(_FILES)
+        and "…" not in match[0]
+    ]

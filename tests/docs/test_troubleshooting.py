@@ -6,16 +6,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.docs.pages import ROOT, quoted, rows
+from tests.docs.pages import ROOT, prose, quoted, rows
 
-PAGE = (ROOT / "docs/troubleshooting.md").read_text()
+PAGE = prose(ROOT / "docs/troubleshooting.md")
 SOURCES = [*sorted((ROOT / "megatron_zebra").rglob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]
 # Messages may be told in docs/launching.md too, which has the launchers' own.
 TOLD = [
     quote
     for page in ("troubleshooting", "launching")
     if (ROOT / f"docs/{page}.md").exists()
-    for quote in quoted((ROOT / f"docs/{page}.md").read_text())
+    for quote in quoted(prose(ROOT / f"docs/{page}.md"))
 ]
 QUOTES = [quote for row in rows(PAGE) for quote in quoted(row[0]) if "…" in quote or " " in quote]
 ERRORS = {
