@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_zebra.checkpoint.mirror import Mirror
 from megatron_zebra.config.sections import Config
 from megatron_zebra.convert.kept import keep
 from megatron_zebra.convert.source import CheckpointSource, open_model
@@ -26,7 +27,12 @@ def start(
     collective: WorldCollective,
 ) -> tuple[Progress, list[str]]:
     """Resume the run folder, or begin from ``checkpoint.load``, or from nothing."""
-    progress, notes = resume_state(folder / "checkpoints", config, arch, optimizer, collective)
+    root, fetched = folder / "checkpoints", None
+    if config.checkpoint.mirror is not None:
+        fetched = Mirror(config.checkpoint.mirror).fetch_newest(root, collective)
+    progress, notes = resume_state(root, config, arch, optimizer, collective)
+    if fetched is not None:
+        notes.insert(0, f"fetched {fetched} from {config.checkpoint.mirror}")
     if progress is not None:
         notes.append(f"resumed {folder} at step {progress.step}")
     elif config.checkpoint.load is not None:
