@@ -73,7 +73,7 @@ def test_from_text_to_an_exported_model(tmp_path: Path, monkeypatch: pytest.Monk
             (tmp_path / words[-1]).mkdir()
         elif words[0] == "torchrun":
             ranks = Ranks(tmp_path, train, 2, tmp_path, words[words.index("pretrain_zebra.py") + 1 :])
-            ends = ranks.wait(120)
+            ends = ranks.wait(240)
             assert [end.code for end in ends] == [0, 0], ends[0].stderr
         elif words[1] == "pretrain_zebra.py":
             assert pretrain_zebra.main(words[2:]) == 0
