@@ -129,8 +129,8 @@ MUTATIONS = [
     Mutation(
         "a gradient that is not a number is applied",
         "megatron_zebra/parallel/replicated.py",
-        "finite = bool(torch.isfinite(norm))",
-        "finite = True",
+        "applied = update and bool(torch.isfinite(norm))",
+        "applied = update",
         "tests/training/test_nonfinite.py",
     ),
     Mutation(
