@@ -21,7 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("megatron_zebra", "benchmarks", "tests", "tools", "launch", "docs", "pretrain_zebra.py", "pyproject.toml")
+COPIED = (
+    "megatron_zebra",
+    "benchmarks",
+    "tests",
+    "tools",
+    "launch",
+    "docs",
+    "README.md",
+    "pretrain_zebra.py",
+    "pyproject.toml",
+)
 
 
 @dataclass(frozen=True)
@@ -119,8 +129,8 @@ MUTATIONS = [
     Mutation(
         "a gradient that is not a number is applied",
         "megatron_zebra/parallel/replicated.py",
-        "finite = bool(torch.isfinite(norm))",
-        "finite = True",
+        "applied = update and bool(torch.isfinite(norm))",
+        "applied = update",
         "tests/training/test_nonfinite.py",
     ),
     Mutation(
@@ -762,6 +772,41 @@ MUTATIONS = [
         'dark.addEventListener("change"',
         'dark.addEventListener("changed"',
         "tests/report/test_page.py -k every_point",
+    ),
+    Mutation(
+        "a key that the documentation misspells",
+        "docs/megatron.md",
+        "`parallel.timeout` | in seconds",
+        "`parallel.time_out` | in seconds",
+        "tests/docs/test_keys.py",
+    ),
+    Mutation(
+        "an option that the documentation makes up",
+        "docs/data.md",
+        "--split-documents blank-line",
+        "--split-documents paragraph",
+        "tests/docs/test_commands.py -k read_by_its_program",
+    ),
+    Mutation(
+        "a message that the documentation no longer tells",
+        "megatron_zebra/config/load.py",
+        "is not a section",
+        "has a value of its own",
+        "tests/docs/test_troubleshooting.py",
+    ),
+    Mutation(
+        "a new message that says no cure",
+        "megatron_zebra/checkpoint/locate.py",
+        "holds no checkpoint (a run folder, or a folder with index.json, is needed)",
+        "was looked through in vain",
+        "tests/docs/test_troubleshooting.py",
+    ),
+    Mutation(
+        "a picture that is out of date",
+        "megatron_zebra/planning/kv_cache.py",
+        "arch.window_size + 1 for kind",
+        "whole for kind",
+        "tests/docs/test_pictures.py",
     ),
 ]
 
