@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_zebra.checkpoint.mirror import Mirror
 from megatron_zebra.config.sections import Config
-from megatron_zebra.convert.kept import keep
+from megatron_zebra.convert.kept import keep, keep_tokenizer
 from megatron_zebra.convert.source import CheckpointSource, open_model
 from megatron_zebra.errors import UserError
 from megatron_zebra.model.architecture import Architecture
@@ -38,6 +38,8 @@ def start(
     elif config.checkpoint.load is not None:
         progress, more = _begin(config, arch, folder, optimizer, collective)
         notes += more
+    if config.data.tokenizer is not None and collective.rank == 0:
+        keep_tokenizer(Path(config.data.tokenizer), folder)  # after what checkpoint.load brings
     fresh = Progress(seed=config.training.seed, data=inputs.fingerprint())
     if progress is None or progress.step == 0:
         return fresh, notes

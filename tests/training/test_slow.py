@@ -40,8 +40,10 @@ def delayed(grid: Grid, folder: Path, overrides: dict[str, Any]) -> list[str]:
 
 
 def test_a_rank_that_holds_the_others_up_is_told(run_distributed: Any, tmp_path: Path) -> None:
-    settings = {"model__num_layers": 2, "training__global_batch_size": 3, "training__steps": 4, "logging__interval": 2}
-    said = run_distributed(delayed, 3, tmp_path, settings)[0]
+    settings = {"model__num_layers": 2, "training__global_batch_size": 2, "training__steps": 4, "logging__interval": 2}
+    # Rank 3 has the other half of each layer and waits for it in forward, ranks 0 and 1 in the step.
+    said = run_distributed(delayed, 4, tmp_path, settings | {"parallel__tp": 2}, tp=2)[0]
     told = [line for line in said if line.startswith("slow: ")]
     assert told
-    assert all(line.startswith("slow: rank 2 (pp 0, dp 2, cp 0, tp 0): 0.") for line in told)
+    assert not any("rank 3" in line for line in told)
+    assert all(line.startswith("slow: rank 2 (pp 0, dp 1, cp 0, tp 0): 0.") for line in told)
