@@ -747,7 +747,7 @@ MUTATIONS = [
     ),
     Mutation(
         "evaluations after the restored step stay",
-        "megatron_zebra/training/loop.py",
+        "megatron_zebra/training/sinks.py",
         'MetricsFile(folder / "evaluation.jsonl", restored_step)',
         'MetricsFile(folder / "evaluation.jsonl", 10**9)',
         "tests/training/test_resume.py -k cut_back",

@@ -30,11 +30,11 @@ from megatron_zebra.training.build import Trained, build_training
 from megatron_zebra.training.console import Console
 from megatron_zebra.training.diagnose import Diagnostics
 from megatron_zebra.training.inputs import Inputs
-from megatron_zebra.training.loggers import Logger, open_loggers
-from megatron_zebra.training.metrics import MetricsFile, Record
-from megatron_zebra.training.run_folder import rank_log, writing
+from megatron_zebra.training.metrics import Record
+from megatron_zebra.training.run_folder import rank_log
 from megatron_zebra.training.saver import Saver
 from megatron_zebra.training.schedule import global_batch_size, learning_rate
+from megatron_zebra.training.sinks import Sinks
 from megatron_zebra.training.slow import SlowRanks
 from megatron_zebra.training.spike import Usual
 from megatron_zebra.training.start import start
@@ -69,7 +69,7 @@ def train(config: Config, arch: Architecture, inputs: Inputs, folder: Path, grid
                 log.info(note)
                 console.say(note)
             try:
-                with _Sinks(config, folder, progress.step, grid.is_main) as sinks:
+                with Sinks(config, folder, progress.step, grid.is_main) as sinks:
                     run = _Run(config, arch, inputs, folder, grid, trained, console, saver, sinks)
                     run.until_done(progress, stop_wanted)
                 break
@@ -118,7 +118,7 @@ class _Run:
         trained: Trained,
         console: Console,
         saver: Saver,
-        sinks: "_Sinks",
+        sinks: Sinks,
     ) -> None:
         self.config, self.arch, self.inputs, self.folder, self.grid = config, arch, inputs, folder, grid
         self.trained, self.console, self.saver, self.sinks = trained, console, saver, sinks
@@ -296,54 +296,6 @@ class _Run:
         self.sinks.write_evaluation(record["step"], results)
         losses = "  ".join(f"{name} {result.loss:.4f}" for name, result in results.items())
         self.console.say(f"validation at step {record['step']}: {losses}")
-
-
-class _Sinks:
-    """Where records go: metrics.jsonl, evaluation.jsonl and the optional loggers, all on the main rank."""
-
-    def __init__(self, config: Config, folder: Path, restored_step: int, enabled: bool) -> None:
-        self.outputs: list[Logger] = []
-        self.evaluations: MetricsFile | None = None
-        if enabled:
-            with writing(folder / "metrics.jsonl"):
-                metrics = MetricsFile(folder / "metrics.jsonl", restored_step)
-            with writing(folder / "evaluation.jsonl"):
-                self.evaluations = MetricsFile(folder / "evaluation.jsonl", restored_step)
-            self.outputs = [metrics, *open_loggers(config, folder, restored_step)]
-
-    def __enter__(self) -> "_Sinks":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for output in self.outputs:
-            output.close()
-        if self.evaluations is not None:
-            self.evaluations.close()
-
-    def write(self, record: Record) -> None:
-        with _telling(record):
-            for output in self.outputs:
-                output.write(record)
-
-    def write_evaluation(self, step: int, results: dict[str, Evaluated]) -> None:
-        """By position, as tools/evaluate.py writes it: the numbers of metrics.jsonl know no bins."""
-        if self.evaluations is None:
-            return
-        sets = {
-            name: {"loss": result.loss, "edges": result.edges, "loss_by_position": result.by_position()}
-            for name, result in results.items()
-        }
-        record: Record = {"step": step, "sets": sets}
-        with _telling(record):
-            self.evaluations.write(record)
-
-
-@contextlib.contextmanager
-def _telling(record: Record) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"metrics of step {record['step']} cannot be written: {error.strerror}") from None
 
 
 def _due(interval: int, step: int, last: bool) -> bool:
