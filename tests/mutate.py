@@ -183,6 +183,20 @@ MUTATIONS = [
         "tests/evaluation",
     ),
     Mutation(
+        "who is not there is not told",
+        "megatron_zebra/parallel/standstill.py",
+        "if place and not place.startswith(ALONE):",
+        "if place:",
+        "tests/parallel/test_standstill.py",
+    ),
+    Mutation(
+        "a rank that moves counts as standing still",
+        "megatron_zebra/parallel/group.py",
+        "        self.current = what\n        self.operations += 1\n",
+        "        self.current = what\n",
+        "tests/parallel/test_standstill.py",
+    ),
+    Mutation(
         "a spike's update is made all the same",
         "megatron_zebra/parallel/zero.py",
         "self.adam.step = lambda *_, **__: None",

@@ -109,6 +109,13 @@ class Parallel(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = key("auto", "where to compute; auto = cuda if there is one")
     timeout: float = key(600.0, "how long a collective may wait for the other ranks", "seconds", gt=0, le=1e7)
+    hang_report: float = key(
+        120.0,
+        "time without progress after which it is told who waits in which collective and who does not, and stacks are logged; 0 = never",
+        "seconds",
+        ge=0,
+        le=1e7,
+    )
 
 
 def _source(value: Any) -> Any:

@@ -85,7 +85,7 @@ def world(
         )
         deepspeed.init_distributed(_backend(device), auto_mpi_discovery=False, verbose=False, timeout=limit)
         grid = make_grid(layout, rank, local_rank, device)
-        watch.where = lambda: grid.traffic.current
+        watch.where, watch.progress = lambda: grid.traffic.current, lambda: grid.traffic.operations
         yield grid
 
 
