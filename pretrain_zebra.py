@@ -51,6 +51,10 @@ def _run(config: Config, line: load.CommandLine, world_size: int, rank: int) -> 
     if rank == 0:
         for warning in check.warnings(config):
             print(f"warning: {warning}", file=sys.stderr)
+    if config.checkpoint.mirror is not None:
+        from megatron_zebra.checkpoint.mirror import Mirror
+
+        Mirror(config.checkpoint.mirror)
     if line.dry_run:
         from megatron_zebra.pipeline.split import stages_of
         from megatron_zebra.planning.summary import dry_run_text
@@ -63,6 +67,7 @@ def _run(config: Config, line: load.CommandLine, world_size: int, rank: int) -> 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a broken connection is told in one line, not in C++ frames
     from megatron_zebra.parallel.agreement import facts
     from megatron_zebra.parallel.process import world
+    from megatron_zebra.parallel.watch import Pace
     from megatron_zebra.training.loop import train
 
     with locked(folder) if rank == 0 else contextlib.nullcontext():
@@ -70,7 +75,13 @@ def _run(config: Config, line: load.CommandLine, world_size: int, rank: int) -> 
             write_description(folder, config, world_size, arch.vocab_size)
         parallel, same = config.parallel, facts(config.model_dump() | {"fingerprint of the data": inputs.fingerprint()})
         with world(
-            parallel.device, parallel.timeout, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp, same=same
+            parallel.device,
+            parallel.timeout,
+            tp=parallel.tp,
+            cp=parallel.cp,
+            pp=parallel.pp,
+            same=same,
+            pace=Pace(still=parallel.hang_report),
         ) as grid:
             train(config, arch, inputs, folder, grid)
 

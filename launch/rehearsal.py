@@ -225,13 +225,17 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
+    top.add_argument("--tp", type=int, choices=(1, 2), default=2, help="processes of each node (default: 2)")
+    top.add_argument("--power-cut", action="store_true", help="kill all of node b when its cable is pulled")
+    top.add_argument("--loopback", action="store_true", help="no namespaces: two addresses of this machine")
+    return top
+
+
 def main(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
-    parser.add_argument("--tp", type=int, choices=(1, 2), default=2, help="processes of each node (default: 2)")
-    parser.add_argument("--power-cut", action="store_true", help="kill all of node b when its cable is pulled")
-    parser.add_argument("--loopback", action="store_true", help="no namespaces: two addresses of this machine")
-    arguments = parser.parse_args(words)
+    arguments = parser().parse_args(words)
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="rehearsal-"))
     folder.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that namespaces and processes go

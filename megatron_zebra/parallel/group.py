@@ -17,24 +17,28 @@ import torch.distributed as dist
 class Traffic:
     """What one rank's collectives did since ``reset``: bytes received and seconds waited, by name of group.
 
-    ``current`` says in which collective this rank is (None: in none), for whoever asks why a run stands still.
+    ``current`` says in which collective this rank is (None: in none), and ``operations`` grows as long as it moves, for whoever
+    asks why a run stands still.
     """
 
     def __init__(self) -> None:
         self.bytes: Counter[str] = Counter()
         self.seconds = 0.0
         self.current: str | None = None
+        self.operations = 0
 
     def reset(self) -> None:
         """Count from zero."""
         self.bytes.clear()
         self.seconds = 0.0
+        self.operations += 1
 
     @contextmanager
     def within(self, what: str, waits: bool = True) -> Iterator[None]:
         """Mark this rank as being in ``what``, and count the time if it only ``waits`` there. The mark stays on failure."""
         before, began = self.current, time.perf_counter()
         self.current = what
+        self.operations += 1
         yield
         self.current = before
         if waits:

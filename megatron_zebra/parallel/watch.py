@@ -36,6 +36,7 @@ import torch.distributed as dist
 from megatron_zebra.errors import RankLost, UserError, tell
 from megatron_zebra.parallel import whereabouts
 from megatron_zebra.parallel.process_name import host_of, is_gone, this_process
+from megatron_zebra.parallel.standstill import Standstill, last_report
 from megatron_zebra.parallel.verdict import Verdict, publish, published
 
 _KEYS = "megatron_zebra/watch"
@@ -45,10 +46,13 @@ _BROKEN = ("gloo", "NCCL", "Connection closed", "Connection reset")  # in torch'
 
 @dataclass(frozen=True)
 class Pace:
-    """``beat``: seconds between beats; ``silence``: seconds without one after which a rank counts as dead."""
+    """``beat``: seconds between beats; ``silence``: seconds without one after which a rank counts as dead; ``still``: seconds
+    without progress after which it is told where all ranks are (0: never).
+    """
 
     beat: float = 1.0
     silence: float = 20.0
+    still: float = 0.0
 
     @property
     def grace(self) -> float:
@@ -103,13 +107,14 @@ def watched(
 
 
 class Watch:
-    """One rank's part in the watch. ``where`` says which collective it is in, if it is known."""
+    """One rank's part in the watch. ``where`` says which collective it is in, if it is known; ``progress`` changes as it moves."""
 
     def __init__(
         self, store: dist.Store, rank: int, size: int, name: Callable[[int], str], keeper: int | None, pace: Pace
     ) -> None:
         self.rank, self.size, self.name, self.keeper, self.pace = rank, size, name, keeper, pace
         self.where: Callable[[], str | None] = lambda: None
+        self.progress: Callable[[], int] = lambda: 0
         self.failure: str | None = None
         self._store = store
         self._place: str | None = None
@@ -118,6 +123,7 @@ class Watch:
         self._decided, self._left, self._awake = threading.Event(), threading.Event(), threading.Event()
         self._rounds = 0
         self._neighbour = _Neighbour((rank + 1) % size)
+        self._standstill = Standstill(rank, size, name, pace.still, pace.beat)
         self._threads: list[threading.Thread] = []
         self._process = this_process()
 
@@ -150,7 +156,7 @@ class Watch:
         self._place = self._in_words(error)
         # A dead rank on another machine is known by its silence alone.
         if not self._decided.wait(self.pace.silence + self.pace.grace if self.size > 1 else 0):
-            text = f"{self.name(self.rank)} lost the connection to the others {self._place}: {_short(error)}"
+            text = f"{self.name(self.rank)} lost the connection to the others {self._place}: {_short(error)}{last_report(self._store)}"
             if self.fail(Verdict(self.rank, text, 1)):
                 tell(RankLost(text, mine=True))
             return RankLost(text, mine=False)
@@ -222,6 +228,8 @@ class Watch:
                 if verdict is not None:
                     self._speaks = store.add(f"{_KEYS}/speakers", 1) <= _SPEAKERS
                     self._decide(verdict)
+                elif line := self._standstill.look(store, self.progress(), self._in_words):
+                    self._say(f"warning: {line}")
                 if self._left.wait(self.pace.beat):
                     return
         except (RuntimeError, ValueError) as problem:
@@ -279,9 +287,11 @@ class Watch:
     def _carry_out(self, verdict: Verdict) -> None:
         own = verdict.rank == self.rank
         if own and self.failure is None and verdict.text:
-            self._say(f"this rank (rank {self.rank}) was taken for dead by the others, who have ended: {verdict.text}")
+            self._say(
+                f"error: this rank (rank {self.rank}) was taken for dead by the others, who have ended: {verdict.text}"
+            )
         elif not own and verdict.text:
-            self._say(f"{verdict.text}; this rank (rank {self.rank}) was {self._place or self._in_words()}")
+            self._say(f"error: {verdict.text}; this rank (rank {self.rank}) was {self._place or self._in_words()}")
         # Whoever failed itself has more to say and to close than those that can only end.
         if self._left.wait(self.pace.silence if own else self.pace.grace):
             return
@@ -291,10 +301,10 @@ class Watch:
 
     def _say(self, line: str) -> None:
         if self._speaks:
-            os.write(2, f"error: {line}\n".encode())  # not sys.stderr, whose lock a hanging thread may hold
+            os.write(2, f"{line}\n".encode())  # not sys.stderr, whose lock a hanging thread may hold
         log = logging.getLogger(f"megatron_zebra.rank{self.rank}")
         if log.handlers:
-            log.error(line)
+            log.error(line.removeprefix("error: "))
 
     def _in_words(self, error: BaseException | None = None) -> str:
         if current := self.where():

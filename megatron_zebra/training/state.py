@@ -14,6 +14,7 @@ from megatron_zebra.checkpoint.pieces import PieceKey
 from megatron_zebra.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_zebra.checkpoint.save import Saved, save
 from megatron_zebra.checkpoint.verify import find_latest_good
+from megatron_zebra.config.sections import Checkpoint as SaveSettings
 from megatron_zebra.config.sections import Config, Lora
 from megatron_zebra.convert.source import ModelSource
 from megatron_zebra.errors import UserError
@@ -21,11 +22,12 @@ from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.lora import ADAPTERS, adapter_shapes, from_metadata, to_metadata
 from megatron_zebra.model.trained import is_trained
 from megatron_zebra.parallel.optimizer import KINDS, Held, ShardedOptimizer
+from megatron_zebra.training.spike import Usual
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. ``data`` names the training data that ``consumed_rows`` counts in."""
+    """How far a run is. ``data`` names the training data that ``consumed_rows`` counts in, ``usual`` what losses it had."""
 
     step: int = 0
     consumed_rows: int = 0
@@ -35,38 +37,49 @@ class Progress:
     updates: int = 0
     seed: int = 0
     data: list[str] = field(default_factory=list)
+    usual: Usual = field(default_factory=Usual)
 
 
-def save_state(
-    root: Path,
-    progress: Progress,
-    config: Config,
-    arch: Architecture,
-    optimizer: ShardedOptimizer,
-    collective: Collective,
-) -> Saved:
-    """Write a checkpoint of ``progress.step`` under ``root``; called by all ranks."""
-    held = list(optimizer.held())
-    pieces = [piece for part in held for piece in _pieces(part)]
-    lora, settings = config.training.lora, config.checkpoint
+@dataclass(frozen=True)
+class State:
+    """All that a checkpoint of ``step`` holds: this rank's pieces, what is said of them, and which tensors must be there."""
+
+    step: int
+    pieces: list[tuple[PieceKey, Any]]
+    metadata: dict[str, Any]
+    expected: dict[tuple[str, str], tuple[int, ...]]
+
+    def save(self, root: Path, settings: SaveSettings, collective: Collective) -> Saved:
+        """Write it under ``root``; called by all ranks."""
+        return save(
+            root,
+            self.step,
+            iter(self.pieces),
+            self.metadata,
+            collective=collective,
+            expected=self.expected,
+            expected_bytes=sum(tensor.nbytes for _, tensor in self.pieces),
+            keep_last=settings.keep_last,
+            keep_every=settings.keep_every,
+        )
+
+
+def state_of(progress: Progress, config: Config, arch: Architecture, optimizer: ShardedOptimizer) -> State:
+    """The state at ``progress``; its pieces are the optimizer's own memory."""
+    lora = config.training.lora
     shapes = arch.parameter_shapes() | adapter_shapes(arch, lora)
     expected = {
         (name, kind): shape
         for name, shape in shapes.items()
         for kind in (KINDS if is_trained(name, config.training) else ("weight",))
     }
-    metadata = {"architecture": arch.to_dict(), "progress": asdict(replace(progress, updates=optimizer.updates()))}
-    return save(
-        root,
-        progress.step,
-        iter(pieces),
-        metadata | ({"lora": to_metadata(lora)} if lora.rank else {}),
-        collective=collective,
-        expected=expected,
-        expected_bytes=sum(tensor.nbytes for _, tensor in pieces),
-        keep_last=settings.keep_last,
-        keep_every=settings.keep_every,
-    )
+    metadata: dict[str, Any] = {
+        "architecture": arch.to_dict(),
+        "progress": asdict(replace(progress, updates=optimizer.updates())),
+    }
+    if lora.rank:
+        metadata["lora"] = to_metadata(lora)
+    return State(progress.step, [piece for part in optimizer.held() for piece in _pieces(part)], metadata, expected)
 
 
 def resume_state(
@@ -118,7 +131,9 @@ def restore(checkpoint: Checkpoint, config: Config, arch: Architecture, optimize
                     "frozen, or begin a new run (checkpoint.load, checkpoint.load_part: weights)"
                 )
             values.copy_(_read(checkpoint, part, kind))
-    progress = Progress(**checkpoint.metadata["progress"])
+    stored_progress = dict(checkpoint.metadata["progress"])
+    usual = Usual(**stored_progress.pop("usual", {}))  # older checkpoints do not know it
+    progress = Progress(**stored_progress, usual=usual)
     optimizer.restored(progress.updates)
     return progress
 
