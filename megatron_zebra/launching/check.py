@@ -81,6 +81,11 @@ def _agreed(store: dist.Store, started: Launched, device: str, folder: Path, lim
         store.set("found", json.dumps(_compared(store, started.world_size, device, folder)))
     found = json.loads(store.get("found"))
     if found["problems"]:
+        store.add("read", 1)
+        until = time.monotonic() + PATIENCE
+        # Rank 0 may keep the store, which goes with it.
+        while started.rank == 0 and store.add("read", 0) < started.world_size and time.monotonic() < until:
+            time.sleep(0.02)
         raise UserError("\nerror: ".join(found["problems"]), mine=started.rank == 0)
     return [Node(**node) for node in found["nodes"]]
 

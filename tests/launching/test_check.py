@@ -28,7 +28,7 @@ def checked(folder: Path, changes: dict[int, dict[str, str]], blind: tuple[int, 
         return replace(one, host=f"h{rank}", facts=one.facts | changes.get(rank, {}))
 
     check.this_node = node
-    check.PATIENCE = 0.5
+    check.PATIENCE = 2.0
     started = launched()
     store, _ = meeting_store(rank, started.world_size, datetime.timedelta(seconds=30))
     check.check_nodes(store, started, "cpu", folder / "elsewhere" if rank in blind else folder, 30)
