@@ -94,7 +94,7 @@ def _document(file: Path) -> dict[str, Any]:
         document = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{file}: is not JSON") from None
     return document if isinstance(document, dict) else {}
 

@@ -95,7 +95,7 @@ def read_json(file: Path) -> Any:
     """
     try:
         return json.loads(read_text(file))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{file}: is not JSON") from None
 
 
@@ -150,7 +150,7 @@ def _lines(file: Path) -> list[tuple[dict[str, Any], str]]:
 def _record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{where}: is not JSON") from None
     if not isinstance(record, dict) or isinstance(record.get("step"), bool) or not isinstance(record.get("step"), int):
         raise UserError(f"{where}: is not a step's record (needs a whole number 'step')")
