@@ -14,11 +14,12 @@ runs a few hundred inputs).
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.fuzzing.run import KINDS, Fault, many, one
+from tests.fuzzing.run import KINDS, Fault, Place, many, outcome_of
 
 SHOWN = 40
 
@@ -32,12 +33,11 @@ def main() -> int:
     arguments = parser.parse_args()
     kinds = [*KINDS] if arguments.kind == "all" else [arguments.kind]
     if arguments.input is not None:
-        print(one(kinds[0], arguments.seed, arguments.input))
-        return 0
+        return run_one(KINDS[kinds[0]], arguments.seed, arguments.input)
     print("kind          inputs  as before  otherwise sound  refused  faults  inputs/s  slowest  memory", flush=True)
     faults = 0
     for kind in kinds:
-        tally = many(kind, arguments.seed, arguments.inputs)
+        tally = many(KINDS[kind], arguments.seed, arguments.inputs)
         counts = tally.counts
         print(
             f"{kind:12}{counts.total():8d}{counts['same']:11d}{counts['other']:17d}{counts['refused']:9d}{counts['fault']:8d}"
@@ -50,8 +50,17 @@ def main() -> int:
     return 1 if faults else 0
 
 
+def run_one(place: Place, seed: int, number: int) -> int:
+    """One input in this process; prints its outcome, or all that is known of a fault."""
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
+        subject = place.subject()
+        outcome = outcome_of(subject, subject.prepare(Path(name)), Path(name), seed, number)
+    print(f"{outcome.what}\n{outcome.details}" if isinstance(outcome, Fault) else outcome)
+    return int(isinstance(outcome, Fault))
+
+
 def _grouped(faults: list[Fault]) -> list[tuple[str, list[int]]]:
-    """Faults of the same kind and place together, the commonest first; a line that tells the first of each."""
+    """The first line and the inputs of all faults of one kind and place, the commonest first."""
     groups: dict[str, list[Fault]] = {}
     for fault in faults:
         groups.setdefault(fault.what.split(": ")[0], []).append(fault)

@@ -116,7 +116,7 @@ def _named(name: str, file: Path, document: dict[str, Any]) -> dict[str, float]:
     kind = _kind(file, document)
     try:
         return {f"{name}/{key}": float(value) for key, value in KINDS[kind].numbers(document).items()}
-    except (KeyError, TypeError, AttributeError, ValueError):
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         raise UserError(f"{file}: is no whole result of tools/evaluate.py {kind}") from None
 
 

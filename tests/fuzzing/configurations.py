@@ -106,7 +106,7 @@ def _plausible(chance: random.Random, tree: Any, keys: list[Key]) -> tuple[bytes
         replicas = chance.choice((1, 1, 2, 3, 8, 64))
         world = prod(sizes) * replicas
         tree.setdefault("training", {})["global_batch_size"] = replicas * chance.choice((1, 4, 8, 100))
-    return yaml.dump(tree, sort_keys=False).encode(), ["--world-size", str(world)]
+    return _dump(tree).encode(), ["--world-size", str(world)]
 
 
 def _text(chance: random.Random, tree: Any, keys: list[Key]) -> bytes:
@@ -117,7 +117,7 @@ def _text(chance: random.Random, tree: Any, keys: list[Key]) -> bytes:
         for _ in range(few(chance) if chance.random() < 0.5 else 0):
             value = chance.choice(NEAR) if chance.random() < 0.6 else odd_value(chance, spelled=False)
             _set(tree, chance.choice(keys).path, value, chance)
-    text = yaml.dump(tree, sort_keys=False, allow_unicode=chance.random() < 0.5)
+    text = _dump(tree, allow_unicode=chance.random() < 0.5)
     if 0.55 <= kind < 0.75:
         return damaged_bytes(chance, text.encode())
     if kind >= 0.75:
@@ -131,6 +131,12 @@ def _text(chance: random.Random, tree: Any, keys: list[Key]) -> bytes:
             lines[at : at + chance.randrange(2)] = [indent + part for part in odd.split("\n")]
             text = "\n".join(lines)
     return text.encode("utf-8", "surrogatepass")
+
+
+def _dump(tree: Any, **options: Any) -> str:
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    text: str = yaml.dump(tree, Dumper=dumper, sort_keys=False, **options)
+    return text
 
 
 def _set(tree: Any, path: str, value: Any, chance: random.Random) -> None:

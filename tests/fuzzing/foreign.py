@@ -99,7 +99,7 @@ def _read_model(path: Path) -> Outcome:
 
 
 def prepare_gguf(folder: Path) -> Trial:
-    """A GGUF file."""
+    """A GGUF file: bytes of its header, or a key of its metadata with another value."""
     arch = understand(folder / "config.json", SMALL | {"model_type": "llama"}).architecture
     tensors = {their_name(name): torch.zeros(shape) for name, shape in arch.parameter_shapes().items()}
     write_gguf(folder / "sound.gguf", tensors)
@@ -108,14 +108,41 @@ def prepare_gguf(folder: Path) -> Trial:
     file = folder / "damaged.gguf"
 
     def trial(chance: random.Random) -> Outcome:
-        part = chance.choice((begin, begin + 3000))
-        changed = damaged_bytes(chance, sound[:part])
-        file.write_bytes(changed + sound[part:])
+        if chance.random() < 0.3:
+            more = _gguf_value(chance)  # where a key is twice, the last counts
+            header = sound[:16] + struct.pack("<Q", struct.unpack_from("<Q", sound, 16)[0] + 1) + sound[24 : begin - 8]
+            data = header + more + sound[begin - 8 :]
+        else:
+            part = chance.choice((begin, begin + 3000))
+            data = damaged_bytes(chance, sound[:part]) + sound[part:]
+        file.write_bytes(data)
         return _read_model(file)
 
     return trial
 
 
+def _gguf_value(chance: random.Random) -> bytes:
+    """A key that means something, with a value of any type."""
+    text = b"\x07\0\0\0\0\0\0\0unknown"
+    values = [
+        (4, struct.pack("<I", chance.choice((0, 1, 3, 2**31, 2**32 - 1)))), (6, struct.pack("<f", chance.choice(FLOATS))),
+        (8, text), (7, b"\1"), (9, struct.pack("<IQ", 8, 1) + text), (9, struct.pack("<IQ", 4, 0)), (10, b"\xff" * 8),
+    ]  # fmt: skip
+    key = chance.choice(GGUF_KEYS).encode()
+    kind, value = chance.choice(values)
+    return struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + value
+
+
+GGUF_KEYS = ("general.alignment", "general.architecture", "tokenizer.ggml.eos_token_id") + tuple(
+    f"llama.{name}"
+    for name in (
+        "embedding_length", "block_count", "feed_forward_length", "context_length", "attention.head_count", "expert_count",
+        "attention.head_count_kv", "attention.key_length", "attention.layer_norm_rms_epsilon", "attention.sliding_window",
+        "rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor",
+        "rope.scaling.original_context_length",
+    )
+)  # fmt: skip
+FLOATS = (0.0, -1.0, 1e-5, float("nan"), float("inf"))
 MESSAGES: list[Any] = [
     {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}], "meta": {"a": 1}},
     {"conversations": [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Yes."}]},
