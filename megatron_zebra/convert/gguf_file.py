@@ -3,6 +3,7 @@
 The header is read here, because the ``gguf`` package takes its time over a vocabulary; dequantising is left to it.
 """
 
+import operator
 import struct
 from dataclasses import dataclass
 from math import prod
@@ -51,7 +52,7 @@ def read_header(file: Path) -> Header:
                 raise UserError(f"{file}: GGUF version {version} of {tensors} tensors; versions 2 and 3 are read")
             values = {_text(opened): _value(opened, _unpack(opened, "<I")) for _ in range(count)}
             listed = [_tensor(opened) for _ in range(tensors)]
-            alignment = values.get("general.alignment", 32)
+            alignment = operator.index(values.get("general.alignment", 32))
             data = -(-opened.tell() // alignment) * alignment
             size = file.stat().st_size
             if any(data + stored.start > size for _, stored in listed):
