@@ -53,6 +53,10 @@ def _run(config: Config, line: load.CommandLine, world_size: int, rank: int) -> 
     if rank == 0:
         for warning in check.warnings(config):
             print(f"warning: {warning}", file=sys.stderr)
+    if config.checkpoint.mirror is not None:
+        from megatron_zebra.checkpoint.mirror import Mirror
+
+        Mirror(config.checkpoint.mirror)
     if line.dry_run:
         from megatron_zebra.pipeline.split import stages_of
         from megatron_zebra.planning.summary import dry_run_text

@@ -21,7 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("megatron_zebra", "benchmarks", "tests", "tools", "launch", "docs", "pretrain_zebra.py", "pyproject.toml")
+COPIED = (
+    "megatron_zebra",
+    "benchmarks",
+    "tests",
+    "tools",
+    "launch",
+    "docs",
+    "README.md",
+    "pretrain_zebra.py",
+    "pyproject.toml",
+)
 
 
 @dataclass(frozen=True)
@@ -119,8 +129,8 @@ MUTATIONS = [
     Mutation(
         "a gradient that is not a number is applied",
         "megatron_zebra/parallel/replicated.py",
-        "finite = bool(torch.isfinite(norm))",
-        "finite = True",
+        "applied = update and bool(torch.isfinite(norm))",
+        "applied = update",
         "tests/training/test_nonfinite.py",
     ),
     Mutation(
@@ -171,6 +181,69 @@ MUTATIONS = [
         "range(first + grid.dp_rank, first + step, grid.dp_size)",
         "range(first, first + step // grid.dp_size)",
         "tests/evaluation",
+    ),
+    Mutation(
+        "a spike's update is made all the same",
+        "megatron_zebra/parallel/zero.py",
+        "self.adam.step = lambda *_, **__: None",
+        "self.adam.step = self.adam.step",
+        "tests/training/test_spike.py",
+    ),
+    Mutation(
+        "a spike counts as usual from then on",
+        "megatron_zebra/training/loop.py",
+        "usual=usual.after(outcome.loss, self.config.training.spike.window) if outcome.accepted else usual",
+        "usual=usual.after(outcome.loss, self.config.training.spike.window)",
+        "tests/training/test_spike.py",
+    ),
+    Mutation(
+        "what is usual is forgotten at a resume",
+        "megatron_zebra/training/state.py",
+        'usual = Usual(**stored_progress.pop("usual", {}))',
+        'usual = Usual(**(stored_progress.pop("usual", {}) and {}))',
+        "tests/training/test_spike.py",
+    ),
+    Mutation(
+        "after a spike the same data is read again",
+        "megatron_zebra/training/loop.py",
+        "progress = replace(progress, consumed_rows=rows)",
+        "progress = replace(progress)",
+        "tests/training/test_spike.py",
+    ),
+    Mutation(
+        "replicas are compared among data-parallel ranks alone",
+        "megatron_zebra/parallel/replicas.py",
+        "[_compare(whole, grid.data), _compare(alike, grid.tp)]",
+        "[_compare(whole, grid.data)]",
+        "tests/parallel/test_replicas.py",
+    ),
+    Mutation(
+        "waiting for others counts as own work",
+        "megatron_zebra/training/step.py",
+        "time.perf_counter() - began - grid.traffic.seconds",
+        "time.perf_counter() - began",
+        "tests/training/test_slow.py",
+    ),
+    Mutation(
+        "a save beside training writes what training has made of the state since",
+        "megatron_zebra/training/saver.py",
+        "pieces=self.copies.of(state.pieces)",
+        "pieces=state.pieces",
+        "tests/training/test_saver.py",
+    ),
+    Mutation(
+        "training waits for the disk",
+        "megatron_zebra/training/saver.py",
+        "            self.running.start(lambda: self._write(state, self.aside))\n",
+        "            self.running.start(lambda: self._write(state, self.aside))\n            self.tell(None)\n",
+        "tests/training/test_saver.py",
+    ),
+    Mutation(
+        "in the second home the index comes first",
+        "megatron_zebra/checkpoint/mirror.py",
+        'alone=True)\n        self._together(group, f"copying {folder.name} to", own)\n        self._together(group, f"copying {folder.name} to", finish, alone=True)',
+        'alone=True)\n        self._together(group, f"copying {folder.name} to", finish, alone=True)\n        self._together(group, f"copying {folder.name} to", own)',
+        "tests/checkpoint/test_mirror.py",
     ),
     Mutation(
         "latest moves before the data",
@@ -674,7 +747,7 @@ MUTATIONS = [
     ),
     Mutation(
         "evaluations after the restored step stay",
-        "megatron_zebra/training/loop.py",
+        "megatron_zebra/training/sinks.py",
         'MetricsFile(folder / "evaluation.jsonl", restored_step)',
         'MetricsFile(folder / "evaluation.jsonl", 10**9)',
         "tests/training/test_resume.py -k cut_back",
@@ -699,6 +772,41 @@ MUTATIONS = [
         'dark.addEventListener("change"',
         'dark.addEventListener("changed"',
         "tests/report/test_page.py -k every_point",
+    ),
+    Mutation(
+        "a key that the documentation misspells",
+        "docs/megatron.md",
+        "`parallel.timeout` | in seconds",
+        "`parallel.time_out` | in seconds",
+        "tests/docs/test_keys.py",
+    ),
+    Mutation(
+        "an option that the documentation makes up",
+        "docs/data.md",
+        "--split-documents blank-line",
+        "--split-documents paragraph",
+        "tests/docs/test_commands.py -k read_by_its_program",
+    ),
+    Mutation(
+        "a message that the documentation no longer tells",
+        "megatron_zebra/config/load.py",
+        "is not a section",
+        "has a value of its own",
+        "tests/docs/test_troubleshooting.py",
+    ),
+    Mutation(
+        "a new message that says no cure",
+        "megatron_zebra/checkpoint/locate.py",
+        "holds no checkpoint (a run folder, or a folder with index.json, is needed)",
+        "was looked through in vain",
+        "tests/docs/test_troubleshooting.py",
+    ),
+    Mutation(
+        "a picture that is out of date",
+        "megatron_zebra/planning/kv_cache.py",
+        "arch.window_size + 1 for kind",
+        "whole for kind",
+        "tests/docs/test_pictures.py",
     ),
 ]
 

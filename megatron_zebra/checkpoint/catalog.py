@@ -7,7 +7,7 @@ the two it may name the one before. That is never an error, and nothing here rea
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +30,17 @@ class Entry:
 
 def entries(root: Path) -> list[Entry]:
     """All folders named like checkpoints, oldest first."""
+    names = [path.name for path in files.entries(root) if path.is_dir()]
+    return parsed(root, names, lambda name: (root / name / layout.INDEX).is_file())
+
+
+def parsed(root: Path, names: Iterable[str], complete: Callable[[str], bool]) -> list[Entry]:
+    """Those of ``names`` under ``root`` that are named like checkpoints, oldest first."""
     found = []
-    for path in files.entries(root):
-        match = _NAME.fullmatch(path.name)
-        if match and path.is_dir():
-            complete = (path / layout.INDEX).is_file()
-            found.append(Entry(int(match[1]), int(match[2] or 0), path, complete))
+    for name in names:
+        match = _NAME.fullmatch(name)
+        if match:
+            found.append(Entry(int(match[1]), int(match[2] or 0), root / name, complete(name)))
     return sorted(found)
 
 
@@ -95,19 +100,22 @@ def prune(root: Path, keep_last: int, keep_every: int = 0, protect: Iterable[Pat
     the one resumed from). An older revision of a step goes once a newer one is complete. Returns the names of what was removed.
     """
     protected = {path.name for path in protect}
-    found = entries(root)
-    latest_revision = {entry.step: entry.folder.name for entry in found if entry.complete}
-    last = set(list(latest_revision.values())[-max(1, keep_last) :])
     removed = []
-    for entry in found:
+    found = entries(root)
+    newest_step = max((entry.step for entry in found if entry.complete), default=-1)
+    for entry in outlived(found, keep_last, keep_every):
         name = entry.folder.name
-        current = entry.complete and latest_revision[entry.step] == name
-        by_step = current and keep_every > 0 and entry.step % keep_every == 0
         retired = not entry.complete and (entry.folder / RETIRED).exists()
-        if retired and entry.step > max(latest_revision, default=-1):
-            continue
-        if name in protected or name in last or by_step:
+        if name in protected or (retired and entry.step > newest_step):
             continue
         remove_checkpoint(entry.folder)
         removed.append(name)
     return removed
+
+
+def outlived(found: list[Entry], keep_last: int, keep_every: int) -> list[Entry]:
+    """Of ``found``, in order, those that ``prune`` has no reason to keep."""
+    latest_revision = {entry.step: entry for entry in found if entry.complete}
+    last = list(latest_revision.values())[-max(1, keep_last) :]
+    by_step = [entry for entry in latest_revision.values() if keep_every > 0 and entry.step % keep_every == 0]
+    return [entry for entry in found if entry not in last and entry not in by_step]

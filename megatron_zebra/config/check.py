@@ -51,6 +51,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         *_optimizer(config),
         *_frozen(config),
         *_evaluation(config),
+        *_spike(config),
         *_deepspeed(config),
     ]
 
@@ -343,6 +344,12 @@ def _evaluation(config: Config) -> Iterator[str]:
                     f"{path}.task = {task.task}: needs all layers whole on a rank, which {key} = {value} does not leave "
                     f"(allowed: perplexity; or {key} up to {most})"
                 )
+
+
+def _spike(config: Config) -> Iterator[str]:
+    spike = config.training.spike
+    if spike.threshold and spike.action == "rewind" and config.data.sequence_schedule:
+        yield "training.spike.action = rewind: must be skip with data.sequence_schedule, whose phases count the rows of every step"
 
 
 def _deepspeed(config: Config) -> Iterator[str]:

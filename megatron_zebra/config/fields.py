@@ -5,6 +5,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
+READ_BACK = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+"""How values are checked that a dataclass (its ``__pydantic_config__``) was written from."""
+
+
 class Section(BaseModel):
     """A frozen group of keys. Unknown keys are errors; an int is not a bool, a string is not a number."""
 

@@ -212,6 +212,18 @@ class Distill(Section):
     temperature: float = key(1.0, "both models' logits are divided by it for the KL", gt=0)
 
 
+class Spike(Section):
+    """What to do when the loss of a step is far above what it was."""
+
+    threshold: float = key(
+        0.0, "standard deviations above the running mean from which a loss is a spike; 0 = none is", ge=0
+    )
+    window: int = key(100, "steps that mean and deviation look back, and that must be known first", "steps", ge=2)
+    action: Literal["skip", "rewind"] = key(
+        "skip", "skip = leave that update out; rewind = back to the newest checkpoint, leaving out the data since"
+    )
+
+
 class Training(Section):
     """The loop."""
 
@@ -234,7 +246,14 @@ class Training(Section):
     loss_chunk_size: int = key(1024, "tokens whose logits exist at once", "tokens", ge=1, le=2**31 - 1)
     deterministic: bool = key(False, "deterministic kernels only (slower on a GPU)")
     max_nonfinite_steps: int = key(
-        10, "stop after this many steps in a row whose loss or gradient is not finite", "steps", ge=1
+        10,
+        "stop after this many steps in a row that were skipped: loss or gradient not finite, or a spike",
+        "steps",
+        ge=1,
+    )
+    spike: Spike = key(Spike, "")
+    compare_replicas: int = key(
+        0, "steps between comparisons of weights that several ranks hold alike, to the bit; 0 = never", "steps", ge=0
     )
     profile_steps: list[int] | None = key(
         None, "[first, last] step recorded by torch.profiler into run_dir/profile", "steps", min_length=2, max_length=2
@@ -282,6 +301,13 @@ class Checkpoint(Section):
     interval: int = key(500, "steps between saves (one more at the end); 0 = only at the end", "steps", ge=0)
     keep_last: int = key(3, "newest checkpoints kept", ge=1)
     keep_every: int = key(0, "keep those of every so many steps for ever; 0 = none", "steps", ge=0)
+    background: bool = key(
+        True, "training waits for a copy of the state in host memory alone, and goes on while that is written"
+    )
+    mirror: str | None = key(
+        None, "address of a second home for each checkpoint, of any kind that fsspec knows: s3://bucket/run"
+    )
+    time_budget: float = key(0.05, "part of the time that training may wait for saves; more is warned of", gt=0, le=1)
     load: str | None = key(None, "a checkpoint to begin a new run from, if run_dir holds none")
     load_part: Literal["all", "weights"] = key(
         "all", "all = weights, moments, step and data order; weights = a fresh optimizer at step 0"

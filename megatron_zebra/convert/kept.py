@@ -60,6 +60,20 @@ def keep(source: Path, run: Path) -> list[str]:
     return copy_files(origin, run / KEPT, (CONFIG, GENERATION, *TOKENIZER, *TERMS)) if origin is not None else []
 
 
+def keep_tokenizer(tokenizer: Path, run: Path) -> None:
+    """Copy a run's own tokenizer, a file or a folder, into its folder, unless one is kept there already."""
+    target = run / KEPT
+    if any((target / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return
+    if tokenizer.is_dir():
+        copy_files(tokenizer, target, TOKENIZER)
+        return
+    name = "tokenizer.json" if tokenizer.suffix == ".json" else "tokenizer.model"
+    with files.naming("writing", target / name):
+        files.make_folder(target)
+        shutil.copyfile(tokenizer, target / name)
+
+
 def special_ids(folder: Path) -> dict[str, Any]:
     """The ids of IDS that config.json or generation_config.json of ``folder`` give."""
     ids: dict[str, Any] = {}

@@ -58,8 +58,10 @@ def train_tokenizer(job: TokenizerJob) -> TokenizerReport:
     _check(job)
     if job.output.exists() and not job.force:
         raise UserError(f"{job.output}: already there; choose another name, or replace it with --force")
-    if not job.output.resolve().parent.is_dir():
-        raise UserError(f"{job.output}: the folder {job.output.resolve().parent} does not exist")
+    try:
+        job.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of training, not after them
+    except OSError as error:
+        raise UserError(f"{job.output}: {job.output.parent}: {error.strerror}") from None
     sample, text_bytes = _sample(job)
     if not sample:
         raise UserError(f"--input: no text in {', '.join(map(str, job.inputs[:3]))}")

@@ -49,6 +49,7 @@ class PairWriter:
         self.documents, self.tokens, self.text_bytes, self._largest = 0, 0, 0, -1
         self.loss_tokens = 0
         self._loss: BinaryIO | None = None
+        self._paths[0].parent.mkdir(parents=True, exist_ok=True)
         self._bin = _open_locked(self._temporary[0])
         try:
             self._idx = _open_locked(self._temporary[1])

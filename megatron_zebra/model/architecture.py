@@ -4,9 +4,10 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from megatron_zebra.config.derived import ffn_width, head_dim, kv_heads
+from megatron_zebra.config.fields import READ_BACK
 from megatron_zebra.config.sections import Model, Rope
 from megatron_zebra.model.pattern import LayerKind, layer_kinds
 
@@ -18,7 +19,7 @@ Size = Annotated[int, Field(ge=1, lt=2**31)]
 class Architecture:
     """What decides the function that the model computes; kept in checkpoints and compared when one is loaded."""
 
-    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+    __pydantic_config__ = READ_BACK
 
     hidden_size: Size
     num_heads: Size

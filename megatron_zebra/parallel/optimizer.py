@@ -55,6 +55,8 @@ class StepResult(NamedTuple):
 class ShardedOptimizer(Protocol):
     """Forward, backward and step of one model; gradients are averaged over the ranks of ``grid.data``."""
 
+    module: torch.nn.Module
+
     def forward(self, *args: Any) -> Any: ...
 
     def backward(self, loss: torch.Tensor) -> None: ...
@@ -62,8 +64,12 @@ class ShardedOptimizer(Protocol):
     def collect(self) -> None:
         """Take in gradients that came past autograd's hooks, as a backward that is split in two leaves them."""
 
-    def step(self, learning_rate: float) -> StepResult:
-        """Reduce, clip, update. A gradient that is not finite on any rank leaves every rank's weights as they are."""
+    def step(self, learning_rate: float, update: bool = True) -> StepResult:
+        """Reduce, clip, update. A gradient that is not finite on any rank leaves every rank's weights and moments as they are.
+
+        Args:
+            update: False leaves them as they are in any case; the same on all ranks.
+        """
 
     def held(self) -> Iterator[Held]: ...
 

@@ -71,7 +71,7 @@ def world(
         store, keeper = (dist.HashStore(), 0) if started.alone else _store(rank, size, limit)
     except (RuntimeError, ValueError) as problem:
         raise _unreached(problem, local_rank) from None
-    with watched(store, rank, size, lambda other: _name(layout, other), keeper, pace or Pace(), leave) as watch:
+    with watched(store, rank, size, lambda other: rank_name(layout, other), keeper, pace or Pace(), leave) as watch:
         # Before any collective: other numbers of ranks in a group, for one, would let all hang.
         if size > 1:
             agree(store, rank, size, same or {}, timeout)
@@ -98,7 +98,8 @@ def _store(rank: int, size: int, limit: datetime.timedelta) -> tuple[dist.Store,
     return store, 0
 
 
-def _name(layout: Layout, rank: int) -> str:
+def rank_name(layout: Layout, rank: int) -> str:
+    """A rank in words, with its place on every axis."""
     place = layout.coordinates(rank)
     return f"rank {rank} ({', '.join(f'{axis} {i}' for axis, i in zip(AXES, place))})"
 
@@ -135,15 +136,20 @@ def sum_over(values: list[float], device: torch.device) -> list[float]:
 
 
 class WorldCollective:
-    """All ranks of ``grid``, as the checkpoint store asks for them."""
+    """All ranks of ``grid``, as the checkpoint store asks for them.
 
-    def __init__(self, grid: Grid) -> None:
+    Args:
+        aside: in a group of its own, over gloo, that another thread may use while this one trains; made by all ranks together.
+    """
+
+    def __init__(self, grid: Grid, aside: bool = False) -> None:
         self.rank, self.world_size = grid.rank, grid.world_size
+        self._group = dist.new_group(backend="gloo") if aside else None
 
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's ``value``, in rank order, on every rank."""
         gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, value)
+        dist.all_gather_object(gathered, value, self._group)
         return gathered
 
 

@@ -50,7 +50,7 @@ class ReplicatedOptimizer:
             if param.grad is not None and param is not self.masters[param]:
                 self._accumulate(param)
 
-    def step(self, learning_rate: float) -> StepResult:
+    def step(self, learning_rate: float, update: bool = True) -> StepResult:
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
         counted = []
@@ -60,14 +60,14 @@ class ReplicatedOptimizer:
                 if self.grid.tp.rank == 0 or param.tensor_model_parallel:  # what all tp ranks hold counts once
                     counted.append(master.grad)
         norm = self.grid.tp.all_reduce(torch.nn.utils.get_total_norm(counted).square()).sqrt()
-        finite = bool(torch.isfinite(norm))
-        if finite:
+        applied = update and bool(torch.isfinite(norm))
+        if applied:
             if self.clip_grad > 0:
                 torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.clip_grad, norm)
             self.adam.step()
             self._copy_to_weights()
         self.adam.zero_grad(set_to_none=True)
-        return StepResult(float(norm), finite)
+        return StepResult(float(norm), applied)
 
     def held(self) -> Iterator[Held]:
         for param, master in self.masters.items():

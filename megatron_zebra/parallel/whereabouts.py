@@ -9,6 +9,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
+SAVE_THREAD = "save"
 _PACKAGE = str(Path(__file__).resolve().parent.parent)
 _WATCH = str(Path(__file__).resolve().with_name("watch.py"))
 _COMMUNICATION = ("/torch/distributed/", "/deepspeed/comm/")
@@ -17,6 +18,9 @@ _COMMUNICATION = ("/torch/distributed/", "/deepspeed/comm/")
 def of_process() -> str:
     """Where the main thread is now; or, if it runs a backward pass on a device, that pass's thread in a collective."""
     frames = sys._current_frames()
+    for thread in threading.enumerate():
+        if thread.name == SAVE_THREAD and thread.ident is not None:
+            frames.pop(thread.ident, None)  # it may wait in a collective too, which holds nobody up
     places = [frames.pop(main)] if (main := threading.main_thread().ident) in frames else []
     for frame in [*places, *frames.values()]:
         if _communicates(frame):

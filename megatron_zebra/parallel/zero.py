@@ -3,6 +3,7 @@
 The settings that make bf16 equal to fp32 accumulation, reduction and masters were found by measurement (docs/design.md).
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,7 +61,7 @@ class ZeroOptimizer:
     def __init__(self, module: torch.nn.Module, adam: Adam, settings: dict[str, Any], grid: Grid) -> None:
         import deepspeed
 
-        self.stage, self.grid = settings["zero_optimization"]["stage"], grid
+        self.module, self.stage, self.grid = module, settings["zero_optimization"]["stage"], grid
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=adamw(parameter_groups(module, adam.weight_decay), adam),
@@ -77,7 +78,7 @@ class ZeroOptimizer:
 
     def forward(self, *args: Any) -> Any:
         # Stage 1 needs no hook of the engine in forward and backward; without them one reduction a step is enough.
-        return self.engine.module(*args) if self.stage == 1 else self.engine(*args)
+        return self.module(*args) if self.stage == 1 else self.engine(*args)
 
     def backward(self, loss: torch.Tensor) -> None:
         if self.stage == 1:
@@ -95,16 +96,17 @@ class ZeroOptimizer:
                 if param.grad is not None:
                     self.wrapper.accumulate_hp_grads_and_remove_lp(param, i, j)
 
-    def step(self, learning_rate: float) -> StepResult:
+    def step(self, learning_rate: float, update: bool = True) -> StepResult:
         for group in self.wrapper.param_groups:
             group["lr"] = learning_rate
         for param in self.tied:  # fp32 sums lie where DeepSpeed keeps them, in bf16 not in .grad
             self.grid.ends.all_reduce(param.grad if param.grad is not None else param._hp_grad)
-        self.engine.step()
-        return StepResult(float(self.engine.get_global_grad_norm()), not self.wrapper.overflow)
+        with contextlib.nullcontext() if update else self._without_update():
+            self.engine.step()
+        return StepResult(float(self.engine.get_global_grad_norm()), update and not self.wrapper.overflow)
 
     def held(self) -> Iterator[Held]:
-        for param in self.engine.module.parameters():
+        for param in self.module.parameters():
             if self.stage == 3:
                 yield from self._held_shard(param)
             elif (part := getattr(param, "_hp_mapping", None)) is not None:
@@ -112,7 +114,7 @@ class ZeroOptimizer:
                 tensors = {"weight": part.hp_fragment, **{kind: part.optim_fragment[kind] for kind in MOMENTS}}
                 yield held_part(param, address.start, address.numel, tensors, self.grid, replicated=False)
         if self.stage < 3:
-            yield from held_frozen(self.engine.module, self.grid)
+            yield from held_frozen(self.module, self.grid)
 
     def updates(self) -> int:
         return get_updates(self.adam)
@@ -128,6 +130,15 @@ class ZeroOptimizer:
         if persistent:
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
+
+    @contextlib.contextmanager
+    def _without_update(self) -> Iterator[None]:
+        """DeepSpeed does all that belongs to a step, clears the gradients too, around an AdamW that does nothing."""
+        self.adam.step = lambda *_, **__: None
+        try:
+            yield
+        finally:
+            del self.adam.step
 
     def destroy(self) -> None:
         """Take the engine's hooks off the module, and DeepSpeed's memory of the grid."""

@@ -145,6 +145,12 @@ def training_memory(
     return Memory(tuple(parts))
 
 
+def saved_bytes(arch: Architecture, config: Config, dp: int, stages: Stages, pp_rank: int = 0) -> int:
+    """Bytes that a rank writes of a checkpoint (masters, moments), and copies to host memory first (checkpoint.background)."""
+    parameters, trained = held_parameters(arch, config.parallel, stages, pp_rank, config.training)
+    return ceil((3 * FP32 * trained + weight_bytes(config) * (parameters - trained)) / dp)
+
+
 def _teacher(teacher: Architecture, config: Config, tokens: int) -> Part:
     """Its weights, what it says of a micro-batch, and two more chunks of logits in the loss."""
     parallel, e = config.parallel, weight_bytes(config)

@@ -20,7 +20,7 @@ from megatron_zebra.planning.flops import (
     train_flops,
     uncut_flops,
 )
-from megatron_zebra.planning.memory import memory_by_rank
+from megatron_zebra.planning.memory import memory_by_rank, saved_bytes
 from megatron_zebra.planning.parameters import parameter_count, trained_count
 from megatron_zebra.planning.stages import Stages
 
@@ -190,6 +190,9 @@ def _memory(
     if layout.pp > 1:
         totals = ("..." if rank is None else _bytes(found[rank].total) for rank in _some(layout.pp, 8))
         lines.append("  by pipeline rank: " + ", ".join(totals))
+    if config.checkpoint.background:
+        copied = max(saved_bytes(arch, config, layout.dp * layout.cp, stages, rank) for rank in range(layout.pp))
+        lines.append(f"  host memory for saves beside training (checkpoint.background): {_bytes(copied)}")
     return lines
 
 

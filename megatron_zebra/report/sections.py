@@ -51,6 +51,7 @@ STEP_TIME = (
     Column("data_time", "Data", "s", note="Waiting for the next batch."),
     Column("compute_time", "Compute", "s", note="Forward and backward."),
     Column("optimizer_time", "Optimizer", "s", note="Reduction, clipping, update."),
+    Column("save_time", "Saves", "s", note="Waiting for saves since the step before."),
     Column("exchange_time", "Exchange", "s", note="Waiting for other ranks: a part of compute and optimizer."),
 )
 OPTIMIZER = (

@@ -5,14 +5,15 @@ import os
 import resource
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_zebra.checkpoint.errors import DiskFull
 from megatron_zebra.config.sections import Config
 from megatron_zebra.data.batch import BatchLoader
 from megatron_zebra.errors import UserError
@@ -20,7 +21,8 @@ from megatron_zebra.evaluation.loss import Evaluated, evaluate
 from megatron_zebra.evaluation.subject import Subject
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.parallel.grid import Grid
-from megatron_zebra.parallel.process import WorldCollective
+from megatron_zebra.parallel.process import WorldCollective, rank_name
+from megatron_zebra.parallel.replicas import differing
 from megatron_zebra.planning.devices import peak_flops
 from megatron_zebra.planning.flops import CONVENTION, StepFlops
 from megatron_zebra.report.plots import write_plots
@@ -28,14 +30,19 @@ from megatron_zebra.training.build import Trained, build_training
 from megatron_zebra.training.console import Console
 from megatron_zebra.training.diagnose import Diagnostics
 from megatron_zebra.training.inputs import Inputs
-from megatron_zebra.training.loggers import Logger, open_loggers
-from megatron_zebra.training.metrics import MetricsFile, Record
-from megatron_zebra.training.run_folder import rank_log, writing
+from megatron_zebra.training.metrics import Record
+from megatron_zebra.training.run_folder import rank_log
+from megatron_zebra.training.saver import Saver
 from megatron_zebra.training.schedule import global_batch_size, learning_rate
+from megatron_zebra.training.sinks import Sinks
+from megatron_zebra.training.slow import SlowRanks
+from megatron_zebra.training.spike import Usual
 from megatron_zebra.training.start import start
-from megatron_zebra.training.state import Progress, save_state
+from megatron_zebra.training.state import Progress
 from megatron_zebra.training.step import StepOutcome, train_step
 from megatron_zebra.training.tasks import run_task
+
+MOST_RETURNS = 3  # to one checkpoint
 
 
 def train(config: Config, arch: Architecture, inputs: Inputs, folder: Path, grid: Grid) -> None:
@@ -54,12 +61,33 @@ def train(config: Config, arch: Architecture, inputs: Inputs, folder: Path, grid
     collective = WorldCollective(grid)
     progress, notes = start(config, arch, inputs, folder, trained.optimizer, collective)
     console = Console(grid.is_main, config.training.steps, progress.step, config.logging.interval)
-    for note in [*inputs.warnings, *notes]:
-        log.info(note)
-        console.say(note)
-    with _Sinks(config, folder, progress.step, grid.is_main) as sinks, _sigterm() as stop_wanted:
-        run = _Run(config, arch, inputs, folder, grid, trained, collective, console, sinks)
-        run.until_done(progress, stop_wanted)
+    saver = Saver(config, arch, folder, trained.optimizer, grid, console)
+    returns: Counter[int] = Counter()
+    with _sigterm() as stop_wanted:
+        while True:
+            for note in [*inputs.warnings, *notes]:
+                log.info(note)
+                console.say(note)
+            try:
+                with Sinks(config, folder, progress.step, grid.is_main) as sinks:
+                    run = _Run(config, arch, inputs, folder, grid, trained, console, saver, sinks)
+                    run.until_done(progress, stop_wanted)
+                break
+            except _Rewind as spike:
+                rows = spike.consumed_rows
+                console.say(str(spike))
+            except BaseException:
+                saver.failing()
+                raise
+            progress, notes = start(config, arch, inputs, folder, trained.optimizer, collective)
+            notes = [*notes, f"rows {progress.consumed_rows} to {rows} are left out"]
+            progress = replace(progress, consumed_rows=rows)
+            returns[progress.step] += 1
+            if returns[progress.step] > MOST_RETURNS:
+                raise UserError(
+                    f"the loss was a spike each time after {MOST_RETURNS} returns to step {progress.step} with other data "
+                    "(training.spike); its cause is not the data"
+                )
     console.close()
     if grid.is_main and (folder / "metrics.jsonl").stat().st_size:
         try:
@@ -67,6 +95,14 @@ def train(config: Config, arch: Architecture, inputs: Inputs, folder: Path, grid
         except (UserError, OSError) as error:  # the run is done and saved: no picture is no failure
             console.say(f"warning: no plots: {error}")
     log.info("done")
+
+
+class _Rewind(Exception):
+    """The loss was a spike, and training is to go back to the newest checkpoint; ``consumed_rows`` with the step's own."""
+
+    def __init__(self, text: str, consumed_rows: int) -> None:
+        super().__init__(text)
+        self.consumed_rows = consumed_rows
 
 
 class _Run:
@@ -80,15 +116,16 @@ class _Run:
         folder: Path,
         grid: Grid,
         trained: Trained,
-        collective: WorldCollective,
         console: Console,
-        sinks: "_Sinks",
+        saver: Saver,
+        sinks: Sinks,
     ) -> None:
         self.config, self.arch, self.inputs, self.folder, self.grid = config, arch, inputs, folder, grid
-        self.trained, self.collective, self.console, self.sinks = trained, collective, console, sinks
+        self.trained, self.console, self.saver, self.sinks = trained, console, saver, sinks
         self.flops = StepFlops(arch)
         self.peak = _peak(config, grid.device)
         self.subject = Subject(arch, grid, trained.runner, trained.context, trained.decoder)
+        self.slow = SlowRanks(lambda rank: rank_name(grid.layout, rank))
         self.diagnostics = Diagnostics(config.training, folder, grid.rank, grid.device)
 
     def until_done(self, progress: Progress, stop_wanted: Any) -> None:
@@ -96,7 +133,7 @@ class _Run:
         if progress.step >= steps:
             self.console.say(f"nothing to do: {self.folder} is at step {progress.step} of training.steps = {steps}")
             return
-        nonfinite, stopped, saved_step = 0, False, -1
+        skipped, stopped, accept = 0, False, None
         with self._loader(progress) as loader:
             while progress.step < steps and not stopped:
                 began = time.monotonic()
@@ -107,6 +144,8 @@ class _Run:
                     config.optimizer, progress.step - progress.schedule_start, steps - progress.schedule_start
                 )
                 self.grid.traffic.reset()
+                if config.training.spike.threshold:
+                    accept = partial(self._is_usual, progress.usual)
                 outcome = train_step(
                     self.trained,
                     batch.micro_batches,
@@ -115,16 +154,14 @@ class _Run:
                     len(self.inputs.source_names),
                     self.flops,
                     stop_wanted,
+                    accept,
+                    data_time,
                 )
                 stopped = outcome.stop_wanted
-                nonfinite = 0 if outcome.result.applied else nonfinite + 1
-                progress = replace(
-                    progress,
-                    step=progress.step + 1,
-                    consumed_rows=progress.consumed_rows + batch.global_batch_size,
-                    consumed_tokens=progress.consumed_tokens + outcome.tokens,
-                    skipped_steps=progress.skipped_steps + (not outcome.result.applied),
-                )
+                skipped = 0 if outcome.result.applied else skipped + 1
+                before, progress = progress, self._after(progress, outcome, batch.global_batch_size)
+                if not outcome.accepted:
+                    self._spike(before, progress, outcome.loss)
                 record = self._record(progress, outcome, rate, time.monotonic() - began, data_time)
                 record["sequence_length"], record["global_batch_size"] = batch.sequence_length, batch.global_batch_size
                 self.diagnostics.after(progress.step)
@@ -136,15 +173,63 @@ class _Run:
                         self.console.say(run_task(task, self.subject, self.folder, record))
                 self.sinks.write(record)
                 self.console.step(record)
-                if nonfinite >= config.training.max_nonfinite_steps:
+                if skipped >= config.training.max_nonfinite_steps:
+                    why = "a spike (training.spike.threshold)" if not outcome.accepted else "not finite"
                     raise UserError(
-                        f"the loss or the gradient was not finite {nonfinite} steps in a row (training.max_nonfinite_steps), up to step "
+                        f"the loss or the gradient was {why} {skipped} steps in a row (training.max_nonfinite_steps), up to step "
                         f"{progress.step}; checkpoints of {self.folder} are as they were"
                     )
-                if last or (config.checkpoint.interval and progress.step % config.checkpoint.interval == 0):
-                    saved_step = self._save(progress, last) or saved_step
+                self._compare_replicas(progress.step)
+                self._report_slow(progress.step, outcome)
+                self.saver.tell()
+                if last or self.saver.due(progress.step):
+                    self.saver.save(progress, last)
         if stopped and progress.step < steps:
             self.console.say(f"stopped by SIGTERM after step {progress.step}; the same command resumes from there")
+
+    def _after(self, progress: Progress, outcome: StepOutcome, rows: int) -> Progress:
+        usual = progress.usual
+        return replace(
+            progress,
+            step=progress.step + 1,
+            consumed_rows=progress.consumed_rows + rows,
+            consumed_tokens=progress.consumed_tokens + outcome.tokens,
+            skipped_steps=progress.skipped_steps + (not outcome.result.applied),
+            usual=usual.after(outcome.loss, self.config.training.spike.window) if outcome.accepted else usual,
+        )
+
+    def _is_usual(self, usual: Usual, loss: float) -> bool:
+        spike = self.config.training.spike
+        return usual.deviations(loss, spike.window) < spike.threshold
+
+    def _spike(self, before: Progress, after: Progress, loss: float) -> None:
+        """The update was left out already; go back, if that is wanted and possible."""
+        spike, usual = self.config.training.spike, before.usual
+        text = (
+            f"loss spike at step {after.step}: {loss:.4f} is {usual.deviations(loss, spike.window):.1f} standard deviations above "
+            f"{usual.mean:.4f}"
+        )
+        if spike.action == "rewind":
+            self.saver.tell(None)
+            if self.saver.has_saved():
+                raise _Rewind(f"{text}; back to the newest checkpoint", after.consumed_rows)
+            text += " and there is no checkpoint yet"
+        self.console.say(f"{text}; its update is left out")
+
+    def _compare_replicas(self, step: int) -> None:
+        interval = self.config.training.compare_replicas
+        if not _due(interval, step, False):
+            return
+        if found := differing(self.trained.optimizer.module, self.grid):
+            raise UserError(
+                f"step {step}: {found} (training.compare_replicas): a device or its memory is faulty; checkpoints after step "
+                f"{step - interval} may have it, so set those aside before the run goes on"
+            )
+
+    def _report_slow(self, step: int, outcome: StepOutcome) -> None:
+        self.slow.add(outcome.own_times)
+        if step % self.config.logging.interval == 0 and (line := self.slow.report()):
+            self.console.say(line)
 
     def _loader(self, progress: Progress) -> BatchLoader:
         return BatchLoader(
@@ -183,6 +268,7 @@ class _Run:
             "mfu": flops_per_second / self.peak / self.grid.world_size if self.peak else None,
             "step_time": seconds,
             "data_time": data_time,
+            "save_time": self.saver.take_waited(),
             "compute_time": outcome.compute_time,
             "optimizer_time": outcome.optimizer_time,
             "exchange_time": self.grid.traffic.seconds,
@@ -210,73 +296,6 @@ class _Run:
         self.sinks.write_evaluation(record["step"], results)
         losses = "  ".join(f"{name} {result.loss:.4f}" for name, result in results.items())
         self.console.say(f"validation at step {record['step']}: {losses}")
-
-    def _save(self, progress: Progress, last: bool) -> int | None:
-        """Save; a full disk ends the run only where no later save could mend it."""
-        try:
-            saved = save_state(
-                self.folder / "checkpoints",
-                progress,
-                self.config,
-                self.arch,
-                self.trained.optimizer,
-                self.collective,
-            )
-        except DiskFull as error:
-            if last:
-                raise
-            self.console.say(f"warning: step {progress.step} was not saved: {error}")
-            return None
-        self.console.say(f"saved {saved}")
-        return progress.step
-
-
-class _Sinks:
-    """Where records go: metrics.jsonl, evaluation.jsonl and the optional loggers, all on the main rank."""
-
-    def __init__(self, config: Config, folder: Path, restored_step: int, enabled: bool) -> None:
-        self.outputs: list[Logger] = []
-        self.evaluations: MetricsFile | None = None
-        if enabled:
-            with writing(folder / "metrics.jsonl"):
-                metrics = MetricsFile(folder / "metrics.jsonl", restored_step)
-            with writing(folder / "evaluation.jsonl"):
-                self.evaluations = MetricsFile(folder / "evaluation.jsonl", restored_step)
-            self.outputs = [metrics, *open_loggers(config, folder, restored_step)]
-
-    def __enter__(self) -> "_Sinks":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for output in self.outputs:
-            output.close()
-        if self.evaluations is not None:
-            self.evaluations.close()
-
-    def write(self, record: Record) -> None:
-        with _telling(record):
-            for output in self.outputs:
-                output.write(record)
-
-    def write_evaluation(self, step: int, results: dict[str, Evaluated]) -> None:
-        """By position, as tools/evaluate.py writes it: the numbers of metrics.jsonl know no bins."""
-        if self.evaluations is None:
-            return
-        sets = {
-            name: {"loss": result.loss, "edges": result.edges, "loss_by_position": result.by_position()}
-            for name, result in results.items()
-        }
-        record: Record = {"step": step, "sets": sets}
-        with _telling(record):
-            self.evaluations.write(record)
-
-
-@contextlib.contextmanager
-def _telling(record: Record) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"metrics of step {record['step']} cannot be written: {error.strerror}") from None
 
 
 def _due(interval: int, step: int, last: bool) -> bool:

@@ -3,8 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_zebra.checkpoint.mirror import Mirror
 from megatron_zebra.config.sections import Config
-from megatron_zebra.convert.kept import keep
+from megatron_zebra.convert.kept import keep, keep_tokenizer
 from megatron_zebra.convert.source import CheckpointSource, open_model
 from megatron_zebra.errors import UserError
 from megatron_zebra.model.architecture import Architecture
@@ -26,12 +27,19 @@ def start(
     collective: WorldCollective,
 ) -> tuple[Progress, list[str]]:
     """Resume the run folder, or begin from ``checkpoint.load``, or from nothing."""
-    progress, notes = resume_state(folder / "checkpoints", config, arch, optimizer, collective)
+    root, fetched = folder / "checkpoints", None
+    if config.checkpoint.mirror is not None:
+        fetched = Mirror(config.checkpoint.mirror).fetch_newest(root, collective)
+    progress, notes = resume_state(root, config, arch, optimizer, collective)
+    if fetched is not None:
+        notes.insert(0, f"fetched {fetched} from {config.checkpoint.mirror}")
     if progress is not None:
         notes.append(f"resumed {folder} at step {progress.step}")
     elif config.checkpoint.load is not None:
         progress, more = _begin(config, arch, folder, optimizer, collective)
         notes += more
+    if config.data.tokenizer is not None and collective.rank == 0:
+        keep_tokenizer(Path(config.data.tokenizer), folder)  # after what checkpoint.load brings
     fresh = Progress(seed=config.training.seed, data=inputs.fingerprint())
     if progress is None or progress.step == 0:
         return fresh, notes

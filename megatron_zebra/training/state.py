@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from megatron_zebra.checkpoint.catalog import retire_newer
 from megatron_zebra.checkpoint.collective import Collective
@@ -16,7 +16,8 @@ from megatron_zebra.checkpoint.pieces import PieceKey
 from megatron_zebra.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_zebra.checkpoint.save import Saved, save
 from megatron_zebra.checkpoint.verify import find_latest_good
-from megatron_zebra.config.fields import in_words
+from megatron_zebra.config.fields import READ_BACK, in_words
+from megatron_zebra.config.sections import Checkpoint as SaveSettings
 from megatron_zebra.config.sections import Config, Lora
 from megatron_zebra.convert.folder import stored_architecture
 from megatron_zebra.convert.source import ModelSource
@@ -25,6 +26,7 @@ from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.lora import ADAPTERS, adapter_shapes, from_metadata, to_metadata
 from megatron_zebra.model.trained import is_trained
 from megatron_zebra.parallel.optimizer import KINDS, Held, ShardedOptimizer
+from megatron_zebra.training.spike import Usual
 
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -32,9 +34,9 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. ``data`` names the training data that ``consumed_rows`` counts in."""
+    """How far a run is. ``data`` names the training data that ``consumed_rows`` counts in, ``usual`` what losses it had."""
 
-    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+    __pydantic_config__ = READ_BACK
 
     step: Count = 0
     consumed_rows: Count = 0
@@ -44,41 +46,52 @@ class Progress:
     updates: Count = 0
     seed: Count = 0
     data: list[str] = field(default_factory=list)
+    usual: Usual = field(default_factory=Usual)
 
 
 _STORED = TypeAdapter(Progress)
 
 
-def save_state(
-    root: Path,
-    progress: Progress,
-    config: Config,
-    arch: Architecture,
-    optimizer: ShardedOptimizer,
-    collective: Collective,
-) -> Saved:
-    """Write a checkpoint of ``progress.step`` under ``root``; called by all ranks."""
-    held = list(optimizer.held())
-    pieces = [piece for part in held for piece in _pieces(part)]
-    lora, settings = config.training.lora, config.checkpoint
+@dataclass(frozen=True)
+class State:
+    """All that a checkpoint of ``step`` holds: this rank's pieces, what is said of them, and which tensors must be there."""
+
+    step: int
+    pieces: list[tuple[PieceKey, Any]]
+    metadata: dict[str, Any]
+    expected: dict[tuple[str, str], tuple[int, ...]]
+
+    def save(self, root: Path, settings: SaveSettings, collective: Collective) -> Saved:
+        """Write it under ``root``; called by all ranks."""
+        return save(
+            root,
+            self.step,
+            iter(self.pieces),
+            self.metadata,
+            collective=collective,
+            expected=self.expected,
+            expected_bytes=sum(tensor.nbytes for _, tensor in self.pieces),
+            keep_last=settings.keep_last,
+            keep_every=settings.keep_every,
+        )
+
+
+def state_of(progress: Progress, config: Config, arch: Architecture, optimizer: ShardedOptimizer) -> State:
+    """The state at ``progress``; its pieces are the optimizer's own memory."""
+    lora = config.training.lora
     shapes = arch.parameter_shapes() | adapter_shapes(arch, lora)
     expected = {
         (name, kind): shape
         for name, shape in shapes.items()
         for kind in (KINDS if is_trained(name, config.training) else ("weight",))
     }
-    metadata = {"architecture": arch.to_dict(), "progress": asdict(replace(progress, updates=optimizer.updates()))}
-    return save(
-        root,
-        progress.step,
-        iter(pieces),
-        metadata | ({"lora": to_metadata(lora)} if lora.rank else {}),
-        collective=collective,
-        expected=expected,
-        expected_bytes=sum(tensor.nbytes for _, tensor in pieces),
-        keep_last=settings.keep_last,
-        keep_every=settings.keep_every,
-    )
+    metadata: dict[str, Any] = {
+        "architecture": arch.to_dict(),
+        "progress": asdict(replace(progress, updates=optimizer.updates())),
+    }
+    if lora.rank:
+        metadata["lora"] = to_metadata(lora)
+    return State(progress.step, [piece for part in optimizer.held() for piece in _pieces(part)], metadata, expected)
 
 
 def resume_state(

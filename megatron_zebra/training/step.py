@@ -18,6 +18,8 @@ from megatron_zebra.training.build import Trained
 class StepOutcome:
     """Sums over the global batch, the same on every rank; ``compute_time`` and ``optimizer_time`` are this rank's seconds.
 
+    ``accepted``: the loss was one that may update the weights. ``own_times``: by rank, seconds of this step that it did not wait for others, by the clock of its host.
+
     ``loss`` is the mean cross entropy; ``distill_loss`` the mean divergence from the teacher (0 without one).
     """
 
@@ -31,6 +33,8 @@ class StepOutcome:
     stop_wanted: bool
     compute_time: float
     optimizer_time: float
+    own_times: list[float]
+    accepted: bool
 
 
 def train_step(
@@ -41,6 +45,8 @@ def train_step(
     num_sources: int,
     flops: Callable[[np.ndarray], float],
     stop_wanted: Callable[[], bool] = lambda: False,
+    accept: Callable[[float], bool] | None = None,
+    data_time: float = 0.0,
 ) -> StepOutcome:
     """Forward and backward of this rank's micro-batches, then one update.
 
@@ -50,6 +56,8 @@ def train_step(
     Args:
         flops: model FLOPs of segments of the given lengths [n].
         stop_wanted: asked once, after the update; true on any rank counts for all.
+        accept: whether a step of this loss may update the weights; None: every one may, and no rank asks for it first.
+        data_time: seconds that this rank waited for the micro-batches.
     """
     began = time.perf_counter()
     device = grid.device
@@ -63,8 +71,10 @@ def train_step(
             _add_by_source(losses, counts, batch, loss.tokens)
             if loss.apart is not None:
                 apart += loss.apart.sum(dtype=torch.float64)
+    own_time = data_time + time.perf_counter() - began - grid.traffic.seconds
+    update = accept is None or accept(sum(sum_over(losses.tolist(), device)) / max(1, int(targets)))
     computed = time.perf_counter()
-    result = trained.optimizer.step(learning_rate)
+    result = trained.optimizer.step(learning_rate, update)
     done = time.perf_counter()
     first = grid.is_first_of_replica
     own = [
@@ -72,8 +82,9 @@ def train_step(
         float(sum(flops(np.diff(batch.cu_seqlens)) for batch in micro_batches) if first else 0),
         float(stop_wanted()),
     ]
-    totals = sum_over([*own, *apart.tolist(), *losses.tolist(), *counts.tolist()], device)
-    by_source, count_by_source = totals[4 : 4 + num_sources], totals[4 + num_sources :]
+    times = [own_time if rank == grid.rank else 0.0 for rank in range(grid.world_size)]
+    totals = sum_over([*own, *apart.tolist(), *losses.tolist(), *counts.tolist(), *times], device)
+    by_source, count_by_source = totals[4 : 4 + num_sources], totals[4 + num_sources : 4 + 2 * num_sources]
     return StepOutcome(
         loss=sum(by_source) / max(1, int(targets)),
         distill_loss=totals[3] / max(1, int(targets)),
@@ -85,6 +96,8 @@ def train_step(
         stop_wanted=totals[2] > 0,
         compute_time=computed - began,
         optimizer_time=done - computed,
+        own_times=totals[4 + 2 * num_sources :],
+        accepted=update,
     )
 
 

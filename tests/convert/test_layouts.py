@@ -12,7 +12,7 @@ from megatron_zebra.convert.to_hf import to_hf
 from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.parallel.process import WorldCollective
 from megatron_zebra.training.build import build_training
-from megatron_zebra.training.state import Progress, restore_weights, save_state
+from megatron_zebra.training.state import Progress, restore_weights, state_of
 from tests.convert.models import again, ids, make, ours, stored, theirs
 from tests.training.cases import small
 from tests.training.runs import run
@@ -28,7 +28,7 @@ def through(grid: Grid, source: Path, target: Path) -> None:
     arch = opened.architecture
     optimizer = build_training(config, arch, grid).optimizer
     restore_weights(opened, arch, optimizer)
-    save_state(target, Progress(), config, arch, optimizer, WorldCollective(grid))
+    state_of(Progress(), config, arch, optimizer).save(target, config.checkpoint, WorldCollective(grid))
 
 
 def test_V01_V02_through_tp2_pp2_and_out_bit_for_bit(run_distributed: Any, tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_training_fails_in_one_line_and_writes_nothing(tmp_path: Path) -> None:
         (TokenizerJob(text, 300, output, control_symbols=["A", "A"]), "--control-symbols 'A': must be new names"),
         (TokenizerJob([tmp_path / "empty.txt"], 300, output), "no text in"),
         (TokenizerJob([tmp_path / "none"], 300, output), "no such file or folder"),
-        (TokenizerJob(text, 300, tmp_path / "no" / "t.model"), "does not exist"),
+        (TokenizerJob(text, 300, tmp_path / "a.txt" / "no" / "t.model"), "Not a directory"),
         (TokenizerJob(text, 300, tmp_path / "a.txt"), "already there"),
         (TokenizerJob(text, 300, output, options=InputOptions(format="jsonl")), "line 1: not JSON"),
     ):

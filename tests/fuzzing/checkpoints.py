@@ -26,7 +26,7 @@ from megatron_zebra.model.trained import is_trained
 from megatron_zebra.parallel.optimizer import KINDS, Held
 from megatron_zebra.parallel.sharding import Box
 from megatron_zebra.training.adopt import has_progress
-from megatron_zebra.training.state import Progress, resume_state, save_state
+from megatron_zebra.training.state import Progress, resume_state, state_of
 from tests.checkpoint.cases import ThreadRank, run_ranks, saved
 from tests.fuzzing.damage import damaged_bytes, damaged_tree, to_json
 from tests.fuzzing.subject import Outcome, Trial
@@ -113,7 +113,7 @@ def _values(size: int, step: int, number: int, place: int) -> torch.Tensor:
 def _save(root: Path, step: int, config: Config, group: ThreadRank) -> Any:
     progress = Progress(step, 8 * step, 64 * step, data=["data"], seed=1)
     optimizer: Any = Optimizer(config, group.rank, RANKS, step)
-    return save_state(root, progress, config, ARCH, optimizer, group)
+    return state_of(progress, config, ARCH, optimizer).save(root, config.checkpoint, group)
 
 
 def _resume(root: Path, config: Config) -> tuple[Progress | None, list[str], Optimizer]:

@@ -29,6 +29,7 @@ BY_STEP = {  # title: column, its value of one unit
     "Data": ("data_time", 1),
     "Compute": ("compute_time", 1),
     "Optimizer": ("optimizer_time", 1),
+    "Saves": ("save_time", 1),
     "Exchange": ("exchange_time", 1),
     "Bytes received: cp local": ("communication_bytes/cp local", 2**20),
     "Bytes received: cp global": ("communication_bytes/cp global", 2**20),

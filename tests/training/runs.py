@@ -86,9 +86,8 @@ def run(
 
 def _state(optimizer: ShardedOptimizer) -> list[torch.Tensor]:
     """Copies of what this rank holds, and of the weights that its model computes with."""
-    module = getattr(optimizer, "module", None) or optimizer.engine.module  # type: ignore[attr-defined]
     held = [tensor.clone() for part in optimizer.held() for tensor in part.tensors.values()]
-    weights = [getattr(param, "ds_tensor", param).detach().clone() for param in module.parameters()]
+    weights = [getattr(param, "ds_tensor", param).detach().clone() for param in optimizer.module.parameters()]
     return held + weights
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_zebra.convert.kept import KEPT, keep_tokenizer
 from megatron_zebra.convert.source import open_model
 from megatron_zebra.convert.to_hf import to_hf
 from megatron_zebra.data.batch import read_step
@@ -128,3 +129,18 @@ def test_weights_that_are_not_finite_are_named(run_distributed: Any, tmp_path: P
     model.save_pretrained(tmp_path / "bad")
     (seen,) = run_distributed(run, 1, tmp_path / "run", settings(tmp_path / "bad"))
     assert seen.error == f"{tmp_path / 'bad'}: layers.2.mlp.up_proj.weight has values that are not finite"
+
+
+def test_a_run_keeps_its_own_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "a.model").write_bytes(b"pieces")
+    (tmp_path / "folder").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "weights.bin"):
+        (tmp_path / "folder" / name).write_text(name)
+    keep_tokenizer(tmp_path / "a.model", tmp_path / "one")
+    keep_tokenizer(tmp_path / "folder", tmp_path / "two")
+    keep_tokenizer(tmp_path / "a.model", tmp_path / "two")  # what is there stays
+    assert [path.name for path in (tmp_path / "one" / KEPT).iterdir()] == ["tokenizer.model"]
+    assert sorted(path.name for path in (tmp_path / "two" / KEPT).iterdir()) == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]

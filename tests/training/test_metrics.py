@@ -11,8 +11,8 @@ import pytest
 
 from megatron_zebra.errors import UserError
 from megatron_zebra.training.loggers import TensorBoard, Wandb
-from megatron_zebra.training.loop import _Sinks
 from megatron_zebra.training.metrics import MetricsFile
+from megatron_zebra.training.sinks import Sinks
 from tests.training.cases import small
 
 
@@ -42,7 +42,7 @@ def test_a_resume_keeps_whole_lines_up_to_its_step(tmp_path: Path, tail: str) ->
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    sinks = _Sinks(small(), tmp_path, 0, True)
+    sinks = Sinks(small(), tmp_path, 0, True)
     with open("/dev/full", "ab") as full, sinks:
         sinks.outputs[0]._file = full  # type: ignore[attr-defined]
         with pytest.raises(UserError, match="metrics of step 1 cannot be written: No space left on device"):
@@ -51,7 +51,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    with _Sinks(small(logging__tensorboard=True), tmp_path, 0, False) as sinks:
+    with Sinks(small(logging__tensorboard=True), tmp_path, 0, False) as sinks:
         sinks.write({"step": 1})
     assert not list(tmp_path.iterdir())
 

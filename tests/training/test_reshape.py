@@ -12,7 +12,7 @@ from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.parallel.optimizer import KINDS
 from megatron_zebra.parallel.process import WorldCollective
 from megatron_zebra.training.build import build_training
-from megatron_zebra.training.state import Progress, restore, resume_state, save_state
+from megatron_zebra.training.state import Progress, restore, resume_state, state_of
 from tests.training.cases import opened, small
 from tests.training.runs import contents, metrics, run
 
@@ -46,7 +46,7 @@ def again(grid: Grid, source: Path, target: Path, overrides: dict[str, Any]) -> 
     trained, collective = build_training(config, arch, grid), WorldCollective(grid)
     progress, _ = resume_state(source / "checkpoints", config, arch, trained.optimizer, collective)
     assert progress is not None
-    save_state(target / "checkpoints", progress, config, arch, trained.optimizer, collective)
+    state_of(progress, config, arch, trained.optimizer).save(target / "checkpoints", config.checkpoint, collective)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def save_wide(grid: Grid, folder: Path, overrides: dict[str, Any]) -> None:
     config = small(**overrides)
     arch, _ = opened(config)
     optimizer = build_training(config, arch, grid).optimizer
-    save_state(folder, Progress(), config, arch, optimizer, WorldCollective(grid))
+    state_of(Progress(), config, arch, optimizer).save(folder, config.checkpoint, WorldCollective(grid))
 
 
 def read_wide(grid: Grid, folder: Path, overrides: dict[str, Any]) -> float:
