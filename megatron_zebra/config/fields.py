@@ -4,7 +4,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-
 READ_BACK = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 """How values are checked that a dataclass (its ``__pydantic_config__``) was written from."""
 

@@ -11,7 +11,6 @@ from megatron_zebra.config.fields import READ_BACK
 from megatron_zebra.config.sections import Model, Rope
 from megatron_zebra.model.pattern import LayerKind, layer_kinds
 
-
 Size = Annotated[int, Field(ge=1, lt=2**31)]
 
 

@@ -28,7 +28,6 @@ from megatron_zebra.model.trained import is_trained
 from megatron_zebra.parallel.optimizer import KINDS, Held, ShardedOptimizer
 from megatron_zebra.training.spike import Usual
 
-
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 

@@ -5,7 +5,6 @@ import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -47,7 +46,11 @@ def prepare(folder: Path) -> Trial:
         root = folder / name / "checkpoints"
         with _without_waiting_for_the_disk():
             for step in (1, 2):
-                saved(run_ranks(RANKS, lambda group, root=root, step=step, config=config: _save(root, step, config, group)))
+                saved(
+                    run_ranks(
+                        RANKS, lambda group, root=root, step=step, config=config: _save(root, step, config, group)
+                    )
+                )
     sound = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
     def trial(chance: random.Random) -> Outcome:
@@ -65,7 +68,9 @@ def prepare(folder: Path) -> Trial:
         if chance.random() < 0.4:
             _damage_sealed(chance, newest)
             return _read_other(root, newest, config)
-        file = newest / chance.choice([layout.INDEX, layout.INDEX, "rank-00000.json", "rank-00001.json", "rank-00001.bin"])
+        file = newest / chance.choice(
+            [layout.INDEX, layout.INDEX, "rank-00000.json", "rank-00001.json", "rank-00001.bin"]
+        )
         if file.suffix == ".bin" or chance.random() < 0.5:
             file.write_bytes(damaged_bytes(chance, sound[file]))
         else:
@@ -107,7 +112,11 @@ def _held(config: Config, rank: int, ranks: int, step: int) -> Iterator[Held]:
 
 def _values(size: int, step: int, number: int, place: int) -> torch.Tensor:
     """The content of a tensor at a step; nothing at step 0."""
-    return torch.randn(size, generator=torch.Generator().manual_seed(100 * number + 10 * place + step)) if step else torch.zeros(size)
+    return (
+        torch.randn(size, generator=torch.Generator().manual_seed(100 * number + 10 * place + step))
+        if step
+        else torch.zeros(size)
+    )
 
 
 def _save(root: Path, step: int, config: Config, group: ThreadRank) -> Any:

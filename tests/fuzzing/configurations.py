@@ -40,7 +40,30 @@ ODD_YAML = [
     "%s: \u2028x", "\ufeff%s: 1", "%s: \x85", "\u202e%s: 1", "%s: 12345678901234567890", "%s: -0", "%s: 1.", "%s: '1'", "- %s",
 ]  # fmt: skip
 WORLDS = (1, 1, 1, 2, 4, 6, 8, 12, 64, 1000, 2**20, 999_999_999)
-NEAR = [*NUMBERS, 2, 3, 4, 5, 6, 8, 12, 16, 64, 100, 1000, 4096, 10_000, 10**6, 10**9, 10**12, 1e-3, 1e-8, 0.9, 1.0, 2.0]
+NEAR = [
+    *NUMBERS,
+    2,
+    3,
+    4,
+    5,
+    6,
+    8,
+    12,
+    16,
+    64,
+    100,
+    1000,
+    4096,
+    10_000,
+    10**6,
+    10**9,
+    10**12,
+    1e-3,
+    1e-8,
+    0.9,
+    1.0,
+    2.0,
+]
 
 
 def prepare(folder: Path) -> Trial:
@@ -83,7 +106,9 @@ def _full(folder: Path) -> dict[str, Any]:
     tree["training"]["batch_ramp"] = [{"steps": 10, "global_batch_size": 8}]
     tree["model"]["rope_local"] = {"theta": 5e5, "scaling": "yarn", "factor": 4.0, "original_length": 64}
     tree["model"]["layer_kinds"] = ["global", "local", "local", "global"]
-    tree["evaluation"]["tasks"] = [{"task": "perplexity", "interval": 5, "options": {"data": [str(folder / "held-out")], "stride": 5}}]
+    tree["evaluation"]["tasks"] = [
+        {"task": "perplexity", "interval": 5, "options": {"data": [str(folder / "held-out")], "stride": 5}}
+    ]
     tree["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 1000}}
     return tree
 
@@ -125,7 +150,9 @@ def _text(chance: random.Random, tree: Any, keys: list[Key]) -> bytes:
             lines = text.split("\n")
             at = chance.randrange(len(lines))
             line = chance.choice(ODD_YAML)
-            key = chance.choice((chance.choice(keys).path.split(".")[-1], re.sub(r"\W.*", "", lines[at].strip()) or "x"))
+            key = chance.choice(
+                (chance.choice(keys).path.split(".")[-1], re.sub(r"\W.*", "", lines[at].strip()) or "x")
+            )
             odd = line % ((key,) * (line.count("%s")))
             indent = " " * (len(lines[at]) - len(lines[at].lstrip()))
             lines[at : at + chance.randrange(2)] = [indent + part for part in odd.split("\n")]
@@ -155,7 +182,12 @@ def _words(chance: random.Random, keys: list[Key]) -> list[str]:
     for _ in range(chance.choice((0, 0, 0, 1, 1, 2, 4))):
         key = chance.choice(keys).path
         key = key if chance.random() < 0.8 else damaged_bytes(chance, key.encode()).decode("latin-1")
-        values = (chance.choice(NEAR), chance.choice(TEXTS), odd_value(chance, spelled=False), chance.choice(ODD_YAML)[4:])
+        values = (
+            chance.choice(NEAR),
+            chance.choice(TEXTS),
+            odd_value(chance, spelled=False),
+            chance.choice(ODD_YAML)[4:],
+        )
         value = str(chance.choice(values))
         words += [f"--{key}={value}"] if chance.random() < 0.3 else [f"--{key}", value]
     if chance.random() < 0.3:

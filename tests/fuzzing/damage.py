@@ -82,7 +82,9 @@ def _swap(chance: random.Random, data: bytearray) -> None:
 def _put(chance: random.Random, data: bytearray) -> None:
     at = chance.randrange(len(data) + 1)
     random_bytes = chance.randbytes(chance.choice((1, 8, 64)))
-    data[at:at] = chance.choice((b"\0" * 8, b"\xff" * 8, b"\xff\xfe", b"9" * 30, b'"', b"{}", b"[[", b"\n", random_bytes))
+    data[at:at] = chance.choice(
+        (b"\0" * 8, b"\xff" * 8, b"\xff\xfe", b"9" * 30, b'"', b"{}", b"[[", b"\n", random_bytes)
+    )
 
 
 def _number(chance: random.Random, data: bytearray) -> None:
@@ -143,15 +145,15 @@ def _tweak(chance: random.Random, node: Any, key: Any, places: list[Place], spel
         texts = (value + "x", value[:-1], value.upper(), value[::-1], value * 50, value + "\n", [value], {value: value})
         node[key] = chance.choice(texts)
     elif type(value) is list:
-        node[key] = chance.choice((value[:-1], value * 2, value[::-1], value[:1] * 50, {str(i): v for i, v in enumerate(value)}))
+        node[key] = chance.choice(
+            (value[:-1], value * 2, value[::-1], value[:1] * 50, {str(i): v for i, v in enumerate(value)})
+        )
     elif isinstance(value, dict):
         node[key] = chance.choice(([value], [*value.items()], [*value], {**value, "more": 1}))
 
 
 def _delete(chance: random.Random, node: Any, key: Any, places: list[Place], spelled: bool) -> None:
-    if type(node) is list and len(places) and node is not places[0][0]:
-        del node[key]
-    elif isinstance(node, dict):
+    if (type(node) is list and len(places) and node is not places[0][0]) or isinstance(node, dict):
         del node[key]
 
 

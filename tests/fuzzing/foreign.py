@@ -42,7 +42,7 @@ def prepare_huggingface(folder: Path) -> Trial:
         name = chance.choice([*MODELS])
         config: Any = configs[name]
         header, size = headers[name]
-        index: Any = {"weight_map": {tensor: SHARDS[0] for tensor in header}}
+        index: Any = {"weight_map": dict.fromkeys(header, SHARDS[0])}
         kind = chance.choice(("config", "config", "header", "header", "index", "bytes"))
         sound = to_json(header)
         if kind == "config":
@@ -50,7 +50,7 @@ def prepare_huggingface(folder: Path) -> Trial:
         elif kind == "header":
             sound = to_json(damaged_tree(chance, header))
         elif kind == "index":
-            index["weight_map"] |= {tensor: SHARDS[1] for tensor in [*header][5:]}
+            index["weight_map"] |= dict.fromkeys([*header][5:], SHARDS[1])
             index = damaged_tree(chance, index)
         weights = struct.pack("<Q", len(sound)) + sound + bytes(size)
         if kind == "bytes":
@@ -148,7 +148,9 @@ MESSAGES: list[Any] = [
     {"conversations": [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Yes."}]},
 ]
 TEXTS: list[Any] = [{"text": "Some text.", "n": 1}, {"text": None}, {"text": "More \u6f22."}]
-METRICS: list[Any] = [{"step": n, "loss": 2.5 / n, "mfu": None, "valid/a": 1.0, "learning_rate": 1e-3} for n in range(1, 6)]
+METRICS: list[Any] = [
+    {"step": n, "loss": 2.5 / n, "mfu": None, "valid/a": 1.0, "learning_rate": 1e-3} for n in range(1, 6)
+]
 SETS = {"a": {"loss": 1.5, "edges": [0, 1, 2, 4], "loss_by_position": [3.0, None, 1.0]}}
 EVALUATIONS: list[Any] = [{"step": n, "sets": SETS} for n in range(1, 4)]
 
@@ -158,7 +160,9 @@ def prepare_lines(folder: Path) -> Trial:
     file = folder / "lines.jsonl"
 
     def trial(chance: random.Random) -> Outcome:
-        kind, records = chance.choice((("chat", MESSAGES), ("text", TEXTS), ("metrics", METRICS), ("evaluation", EVALUATIONS)))
+        kind, records = chance.choice(
+            (("chat", MESSAGES), ("text", TEXTS), ("metrics", METRICS), ("evaluation", EVALUATIONS))
+        )
         lines = [to_json(record if chance.random() < 0.5 else damaged_tree(chance, record)) for record in records]
         data = b"\n".join(lines) + b"\n"
         file.write_bytes(damaged_bytes(chance, data) if chance.random() < 0.4 else data)

@@ -125,7 +125,9 @@ def _read(prefix: Path, sound: dict[str, bytes]) -> Outcome:
         mask = source.read_mask(0, source.tokens)
         assert mask is None or mask.size == whole.size
         bounds = np.concatenate([source.bounds(at, min(at + LENGTH, source.tokens)) for at in edges])
-        assert np.array_equal(bounds, np.unique(source.document_bounds()[1:])[-bounds.size :]), "bounds in pieces differ"
+        assert np.array_equal(bounds, np.unique(source.document_bounds()[1:])[-bounds.size :]), (
+            "bounds in pieces differ"
+        )
         for packing in ("concat", "best_fit"):
             data = Dataset([source], [Phase(None, LENGTH)], 1, packing=packing)  # type: ignore[arg-type]
             for row in range(-(-source.tokens // LENGTH) + 1):
