@@ -55,8 +55,8 @@ def read_header(file: Path) -> Header:
             alignment = operator.index(values.get("general.alignment", 32))
             data = -(-opened.tell() // alignment) * alignment
             size = file.stat().st_size
-            if any(data + stored.start > size for _, stored in listed):
-                raise ValueError
+            if late := [name for name, stored in listed if data + stored.start > size]:
+                raise UserError(f"{file}: cut: {size:,} bytes, {late[0]} begins after them")
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     except (struct.error, ValueError, KeyError, TypeError, ZeroDivisionError, MemoryError, RecursionError):

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -41,16 +41,8 @@ ARCH = resolve(CONFIGS["plain"].model, 16, 64)
 
 def prepare(folder: Path) -> Trial:
     """Two checkpoints of a run, by two ranks; the newer is damaged. A run of all weights, and one of adapters."""
-    sound: dict[Path, bytes] = {}
     for name, config in CONFIGS.items():
-        root = folder / name / "checkpoints"
-        with _without_waiting_for_the_disk():
-            for step in (1, 2):
-                saved(
-                    run_ranks(
-                        RANKS, lambda group, root=root, step=step, config=config: _save(root, step, config, group)
-                    )
-                )
+        save_run(folder / name / "checkpoints", config, steps=(1, 2))
     sound = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
     def trial(chance: random.Random) -> Outcome:
@@ -119,13 +111,23 @@ def _values(size: int, step: int, number: int, place: int) -> torch.Tensor:
     )
 
 
-def _save(root: Path, step: int, config: Config, group: ThreadRank) -> Any:
-    progress = Progress(step, 8 * step, 64 * step, data=["data"], seed=1)
-    optimizer: Any = Optimizer(config, group.rank, RANKS, step)
-    return state_of(progress, config, ARCH, optimizer).save(root, config.checkpoint, group)
+def save_run(root: Path, config: Config, steps: Sequence[int]) -> list[Path]:
+    """Checkpoints of ``steps`` under ``root``, by two ranks; their folders."""
+    found = []
+    for step in steps:
+        progress = Progress(step, 8 * step, 64 * step, data=["data"], seed=1)
+
+        def act(group: ThreadRank, progress: Progress = progress) -> Any:
+            optimizer: Any = Optimizer(config, group.rank, RANKS, progress.step)
+            return state_of(progress, config, ARCH, optimizer).save(root, config.checkpoint, group)
+
+        with _without_waiting_for_the_disk():
+            found.append(saved(run_ranks(RANKS, act)).folder)
+    return found
 
 
-def _resume(root: Path, config: Config) -> tuple[Progress | None, list[str], Optimizer]:
+def resumed(root: Path, config: Config) -> tuple[Progress | None, list[str], Optimizer]:
+    """What a run of one rank would go on with."""
     empty: Any = Optimizer(config, 0, 1, 0)
     progress, notes = resume_state(root, config, ARCH, empty, Alone())
     return progress, notes, empty
@@ -134,7 +136,7 @@ def _resume(root: Path, config: Config) -> tuple[Progress | None, list[str], Opt
 def _read(root: Path, newest: Path, config: Config) -> Outcome:
     """Damage that the checksums tell of: what is read is what was written, or the older checkpoint."""
     problems = verify(newest)
-    progress, notes, optimizer = _resume(root, config)
+    progress, notes, optimizer = resumed(root, config)
     assert progress is not None
     assert progress == Progress(progress.step, 8 * progress.step, 64 * progress.step, updates=1, data=["data"], seed=1)
     for part, wanted in zip(optimizer.parts, Optimizer(config, 0, 1, progress.step).parts):
@@ -182,7 +184,7 @@ def _read_other(root: Path, newest: Path, config: Config) -> Outcome:
         model = open_model(newest)
         for name in model.names():
             model.read_tensor(name)
-    progress, notes, _ = _resume(root, config)
+    progress, notes, _ = resumed(root, config)
     assert progress is not None
     for name, value in vars(progress).items():
         assert type(value) is type(getattr(Progress(), name)), f"progress.{name} = {value!r}"

@@ -133,15 +133,26 @@ def _gguf_value(chance: random.Random) -> bytes:
     return struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + value
 
 
-GGUF_KEYS = ("general.alignment", "general.architecture", "tokenizer.ggml.eos_token_id") + tuple(
-    f"llama.{name}"
-    for name in (
-        "embedding_length", "block_count", "feed_forward_length", "context_length", "attention.head_count", "expert_count",
-        "attention.head_count_kv", "attention.key_length", "attention.layer_norm_rms_epsilon", "attention.sliding_window",
-        "rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor",
-        "rope.scaling.original_context_length",
-    )
-)  # fmt: skip
+GGUF_KEYS = [
+    "general.alignment",
+    "general.architecture",
+    "tokenizer.ggml.eos_token_id",
+    "llama.embedding_length",
+    "llama.block_count",
+    "llama.feed_forward_length",
+    "llama.context_length",
+    "llama.attention.head_count",
+    "llama.attention.head_count_kv",
+    "llama.attention.key_length",
+    "llama.attention.layer_norm_rms_epsilon",
+    "llama.attention.sliding_window",
+    "llama.expert_count",
+    "llama.rope.dimension_count",
+    "llama.rope.freq_base",
+    "llama.rope.scaling.type",
+    "llama.rope.scaling.factor",
+    "llama.rope.scaling.original_context_length",
+]
 FLOATS = (0.0, -1.0, 1e-5, float("nan"), float("inf"))
 MESSAGES: list[Any] = [
     {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}], "meta": {"a": 1}},

@@ -92,7 +92,7 @@ def _damage_field(chance: random.Random, data: bytearray) -> None:
     elif kind == 1 and len(data) >= HEADER.size:
         fewer = chance.choice((-2, 2, 20, 100))
         _, _, _, sequences, bounds = HEADER.unpack_from(data)
-        if sequences >= fewer and (bounds + 3 * fewer // 2) < 2**63:
+        if fewer <= sequences < 2**63 and 3 <= bounds < 2**63:
             struct.pack_into("<QQ", data, 18, sequences - fewer, bounds + 3 * fewer // 2)
     else:
         code, start, length = chance.choice(arrays)
