@@ -6,7 +6,7 @@ import sys
 
 from megatron_zebra.config import check, help, load
 from megatron_zebra.config.sections import Config
-from megatron_zebra.errors import UserError, tell
+from megatron_zebra.errors import UserError, naming_files, tell
 from megatron_zebra.launched import launched
 
 
@@ -24,7 +24,8 @@ def main(words: list[str]) -> int:
             from megatron_zebra.training.adopt import adopted
             from megatron_zebra.training.run_folder import run_folder
 
-            config = adopted(config, run_folder(config, line.config))
+            with naming_files():
+                config = adopted(config, run_folder(config, line.config))
         if wrong := check.problems(config, world_size):
             raise UserError("\nerror: ".join(wrong))
         _run(config, line, world_size, started.rank)
@@ -42,11 +43,12 @@ def _run(config: Config, line: load.CommandLine, world_size: int, rank: int) -> 
 
     folder = run_folder(config, line.config)
     teacher, differs = None, []
-    if config.checkpoint.load is not None or config.training.distill.teacher is not None:
-        from megatron_zebra.training.adopt import notes, teacher_of
+    with naming_files():
+        if config.checkpoint.load is not None or config.training.distill.teacher is not None:
+            from megatron_zebra.training.adopt import notes, teacher_of
 
-        teacher, differs = teacher_of(config), notes(config, folder)
-    inputs = open_inputs(config)
+            teacher, differs = teacher_of(config), notes(config, folder)
+        inputs = open_inputs(config)
     arch = resolve(config.model, inputs.vocab_size, longest_sequence(config))
     if rank == 0:
         for warning in check.warnings(config):

@@ -1,27 +1,48 @@
 """Errors that are the user's to mend."""
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+LONGEST = 1000  # characters of a line: what it quotes may come from a damaged file
 _TELLERS = ("1", "2", "3", "4", "5", "6", "7")  # beside rank 0
 
 
 class UserError(Exception):
-    """A user's mistake, in one line: what, where, what is allowed. ``code`` is the exit code."""
+    """A user's mistake, in one line: what, where, what is allowed. ``code`` is the exit code.
+
+    Several mistakes are joined by a line's end and ``error: ``; whatever else no terminal shows is put as ``?``.
+    """
 
     code = 2
 
     def __init__(self, text: str, mine: bool | None = None) -> None:
         """``mine``: whether this process is the one to tell it; None = rank 0 is, if every rank sees the same."""
-        super().__init__(text)
+        super().__init__("\nerror: ".join(map(_line, text.split("\nerror: "))))
         self.mine = mine
+
+
+def _line(text: str) -> str:
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 class RankLost(UserError):
     """Nobody's mistake here: another rank has died or failed, and this one can only end."""
 
     code = 1
+
+
+@contextlib.contextmanager
+def naming_files() -> Iterator[None]:
+    """Turn the system's complaint about a file (a name too long, a folder that may not be entered) into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise UserError(f"{str(error.filename)[:200]}: {error.strerror}") from error
 
 
 def tell(error: UserError) -> None:
@@ -41,7 +62,8 @@ def tell(error: UserError) -> None:
 def run_tool(main: Callable[[], None]) -> None:
     """Run a command line's ``main``; a UserError becomes one line on stderr and its exit code."""
     try:
-        main()
+        with naming_files():
+            main()
     except UserError as error:
         tell(error)
         sys.exit(error.code)

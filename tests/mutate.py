@@ -213,8 +213,8 @@ MUTATIONS = [
     Mutation(
         "what is usual is forgotten at a resume",
         "megatron_zebra/training/state.py",
-        'usual = Usual(**stored_progress.pop("usual", {}))',
-        'usual = Usual(**(stored_progress.pop("usual", {}) and {}))',
+        'json.dumps(checkpoint.metadata.get("progress"))',
+        'json.dumps(checkpoint.metadata["progress"] | {"usual": {}})',
         "tests/training/test_spike.py",
     ),
     Mutation(

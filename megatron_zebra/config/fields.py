@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+READ_BACK = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+"""How values are checked that a dataclass (its ``__pydantic_config__``) was written from."""
 
 
 class Section(BaseModel):
@@ -18,3 +21,11 @@ def key(default: Any, description: str, unit: str | None = None, **limits: Any) 
         factory = default if isinstance(default, type) else (lambda: type(default)(default))
         return Field(default_factory=factory, description=description, json_schema_extra=extra, **limits)
     return Field(default=default, description=description, json_schema_extra=extra, **limits)
+
+
+def in_words(error: Exception) -> str:
+    """What is wrong with values that were read back, in a few words; the key first where pydantic found it."""
+    if isinstance(error, ValidationError):
+        problem = error.errors()[0]
+        return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)

@@ -58,6 +58,8 @@ class Family:
 def understand(file: Path, raw: Mapping[str, Any]) -> Understood:
     """The Architecture of a config.json's content ``raw``; UserError naming ``file`` and the key otherwise."""
     name = raw.get("model_type")
+    if not isinstance(name, str):
+        raise UserError(f"{file}: model_type is {name!r}; known are {', '.join(FAMILIES)}")
     if name in REFUSED:
         raise UserError(f"{file}: model_type {name!r} cannot be expressed here: {REFUSED[name]}")
     if name not in FAMILIES:
@@ -123,7 +125,7 @@ def _window(values: Values) -> int:
 def _typed(values: Values, layers: int) -> tuple[LayerKind, ...]:
     types = values.entries("layer_types", layers)
     for kind in types:
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise values.error("layer_types", f"{kind!r} is not one of {', '.join(KINDS)}")
     return tuple(KINDS[kind] for kind in types)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_zebra.checkpoint import catalog, layout
+from megatron_zebra.config.fields import in_words
 from megatron_zebra.convert import gguf_file, safetensors
 from megatron_zebra.convert.families import Understood, understand
 from megatron_zebra.convert.names import HEAD, check_tensors, sink_name
@@ -70,7 +71,7 @@ def stored_architecture(metadata: dict[str, Any], where: Path) -> Architecture:
     try:
         return Architecture.from_dict(metadata["architecture"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: does not say of what model it is ({' '.join(str(error).split())[:100]})") from None
+        raise UserError(f"{where}: does not say of what model it is ({in_words(error)})") from None
 
 
 def has_safetensors(folder: Path) -> bool:

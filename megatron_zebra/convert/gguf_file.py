@@ -3,6 +3,7 @@
 The header is read here, because the ``gguf`` package takes its time over a vocabulary; dequantising is left to it.
 """
 
+import operator
 import struct
 from dataclasses import dataclass
 from math import prod
@@ -51,17 +52,27 @@ def read_header(file: Path) -> Header:
                 raise UserError(f"{file}: GGUF version {version} of {tensors} tensors; versions 2 and 3 are read")
             values = {_text(opened): _value(opened, _unpack(opened, "<I")) for _ in range(count)}
             listed = [_tensor(opened) for _ in range(tensors)]
-            alignment = values.get("general.alignment", 32)
+            alignment = operator.index(values.get("general.alignment", 32))
             data = -(-opened.tell() // alignment) * alignment
+            size = file.stat().st_size
+            if late := [name for name, stored in listed if data + stored.start > size]:
+                raise UserError(f"{file}: cut: {size:,} bytes, {late[0]} begins after them")
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except (struct.error, ValueError, KeyError, TypeError, MemoryError, RecursionError):
+    except (struct.error, ValueError, KeyError, TypeError, ZeroDivisionError, MemoryError, RecursionError):
         raise UserError(f"{file}: cut or damaged: its header ends too early or has an unknown type") from None
     return Header(file, values, {name: Stored(s.shape, s.type, data + s.start) for name, s in listed})
 
 
 def config(header: Header) -> dict[str, Any]:
     """The header as a Llama config.json."""
+    try:
+        return _config(header)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{header.file}: its metadata are not those of a model ({error})") from None
+
+
+def _config(header: Header) -> dict[str, Any]:
     values, name = header.values, header.values.get("general.architecture")
     if name != "llama":
         raise UserError(

@@ -23,8 +23,9 @@ def describe(path: Path) -> str:
         lines.append(
             f"  training checkpoint of step {checkpoint.step}, {what}, written by {checkpoint.world_size} ranks"
         )
-        if family := checkpoint.metadata.get("source", {}).get("family"):
-            lines.append(f"  converted from a model of type {family}")
+        origin = checkpoint.metadata.get("source")
+        if isinstance(origin, dict) and origin.get("family"):
+            lines.append(f"  converted from a model of type {origin['family']}")
     elif isinstance(source, ForeignSource):
         lines.append(f"  model of type {source.family}")
     shapes = arch.parameter_shapes()

@@ -1,6 +1,7 @@
 """Weights in safetensors files: what their headers say, and the bytes that are asked for. Imports no torch for the headers."""
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def weight_files(folder: Path, whole: str, index: str) -> list[Path]:
     names = sorted(set(places.values()))
     if outside := [name for name in names if Path(name).name != name]:
         raise UserError(f"{folder / index}: names a file outside its folder: {some(outside)}")
-    if missing := [name for name in names if not (folder / name).is_file()]:
+    if missing := [name for name in names if not os.path.isfile(folder / name)]:  # False too for a name too long
         raise UserError(f"{folder}: files are missing that {index} names: {some(missing)}")
     return [folder / name for name in names]
 
@@ -107,15 +108,16 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 def _entry(file: Path, name: str, item: Any, begin: int, size: int) -> Entry:
     try:
-        dtype, shape, (first, last) = item["dtype"], tuple(map(int, item["shape"])), item["data_offsets"]
-        if dtype not in DTYPES:
-            raise UserError(
-                f"{file}: {name} is of type {dtype}; {', '.join(DTYPES)} are read (save a quantised model in one of them first)"
-            )
-        fits = last - first == prod(shape) * ITEM_BYTES[DTYPES[dtype]] and first >= 0 and min(shape, default=0) >= 0
+        dtype, shape, (first, last) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
+        if not isinstance(dtype, str) or any(type(n) is not int or not 0 <= n < 2**62 for n in (*shape, first, last)):
+            raise ValueError
     except (TypeError, ValueError, KeyError):
         raise UserError(f"{file}: not a safetensors file (its header says nothing sensible of {name})") from None
-    if not fits:
+    if dtype not in DTYPES:
+        raise UserError(
+            f"{file}: {name} is of type {dtype}; {', '.join(DTYPES)} are read (save a quantised model in one of them first)"
+        )
+    if last - first != prod(shape) * ITEM_BYTES[DTYPES[dtype]]:
         raise UserError(f"{file}: not a safetensors file ({name} of shape {list(shape)} has {last - first} bytes)")
     if begin + last > size:
         raise UserError(f"{file}: cut: {size:,} bytes, {name} ends at {begin + last:,}")

@@ -80,7 +80,7 @@ class CheckpointSource:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.folder = checkpoint, checkpoint.folder
-        self.lora = lora.from_metadata(checkpoint.metadata)
+        self.lora = lora.from_metadata(checkpoint.metadata, self.folder)
         self.architecture = folders.stored_architecture(checkpoint.metadata, self.folder)
         self.notes: list[str] = []
 

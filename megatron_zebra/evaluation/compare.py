@@ -94,7 +94,7 @@ def _document(file: Path) -> dict[str, Any]:
         document = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{file}: is not JSON") from None
     return document if isinstance(document, dict) else {}
 
@@ -116,7 +116,7 @@ def _named(name: str, file: Path, document: dict[str, Any]) -> dict[str, float]:
     kind = _kind(file, document)
     try:
         return {f"{name}/{key}": float(value) for key, value in KINDS[kind].numbers(document).items()}
-    except (KeyError, TypeError, AttributeError, ValueError):
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         raise UserError(f"{file}: is no whole result of tools/evaluate.py {kind}") from None
 
 

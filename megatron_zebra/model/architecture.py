@@ -1,25 +1,33 @@
 """A model without open questions: every null of the configuration resolved. Pure; imports no torch."""
 
+import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
 
 from megatron_zebra.config.derived import ffn_width, head_dim, kv_heads
+from megatron_zebra.config.fields import READ_BACK
 from megatron_zebra.config.sections import Model, Rope
 from megatron_zebra.model.pattern import LayerKind, layer_kinds
+
+Size = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 @dataclass(frozen=True)
 class Architecture:
     """What decides the function that the model computes; kept in checkpoints and compared when one is loaded."""
 
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_hidden_size: int
-    vocab_size: int
+    __pydantic_config__ = READ_BACK
+
+    hidden_size: Size
+    num_heads: Size
+    num_kv_heads: Size
+    head_dim: Size
+    ffn_hidden_size: Size
+    vocab_size: Size
     layer_kinds: tuple[LayerKind, ...]
-    window_size: int
+    window_size: Size
     rope: dict[LayerKind, Rope]
     tie_embeddings: bool
     qkv_bias: bool
@@ -67,10 +75,11 @@ class Architecture:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Architecture":
-        """The inverse of ``to_dict``."""
-        rope = {kind: Rope.model_validate(rope) for kind, rope in values["rope"].items()}
-        kinds, nope = tuple(values["layer_kinds"]), tuple(values.get("nope_layers", ()))
-        return Architecture(**values | {"layer_kinds": kinds, "nope_layers": nope, "rope": rope})
+        """The inverse of ``to_dict``; ValueError if ``values`` are no such thing."""
+        return _STORED.validate_json(json.dumps(values))  # JSON, since that has no tuples
+
+
+_STORED = TypeAdapter(Architecture)
 
 
 def resolve(model: Model, vocab_size: int, sequence_length: int) -> Architecture:

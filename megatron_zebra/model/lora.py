@@ -6,9 +6,12 @@ Imports no torch. An adapter of ``layers.0.attention.q_proj.weight`` is ``....q_
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from pathlib import Path
 from typing import Any
 
+from megatron_zebra.config.fields import in_words
 from megatron_zebra.config.sections import Lora
+from megatron_zebra.errors import UserError
 from megatron_zebra.model.architecture import Architecture
 
 Shape = tuple[int, ...]
@@ -42,9 +45,12 @@ def to_metadata(lora: Lora) -> dict[str, Any] | None:
     return {"rank": lora.rank, "alpha": lora.alpha, "targets": sorted(lora.targets)} if lora.rank else None
 
 
-def from_metadata(metadata: Mapping[str, Any]) -> Lora:
-    """The adapters of a checkpoint with ``metadata``."""
-    return Lora.model_validate(metadata.get("lora") or {})
+def from_metadata(metadata: Mapping[str, Any], where: Path) -> Lora:
+    """The adapters of the checkpoint at ``where`` with ``metadata``; UserError if it says nothing sensible of them."""
+    try:
+        return Lora.model_validate(metadata.get("lora") or {})
+    except ValueError as error:
+        raise UserError(f"{where}: does not say which adapters it has ({in_words(error)})") from None
 
 
 def merged(

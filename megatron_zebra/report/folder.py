@@ -157,7 +157,7 @@ def _grids(document: Any, where: str, task: str = "") -> list[tuple[str, Exact]]
         exact = np.array(document["exact"], dtype=np.float64)
         edges = [f"{edge:g}" for edge in document["depth_edges"]]
         grid = Exact([f"{length:,}" for length in document["lengths"]], list(map("–".join, pairwise(edges))), exact)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise UserError(f"{where}: lengths, depth_edges and exact are not numbers") from None
     if exact.shape != (len(grid.lengths), len(grid.depths)):
         raise UserError(f"{where}: exact must have a row a length and a column a depth")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def read_json(file: Path) -> Any:
     """
     try:
         return json.loads(read_text(file))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{file}: is not JSON") from None
 
 
@@ -150,7 +151,7 @@ def _lines(file: Path) -> list[tuple[dict[str, Any], str]]:
 def _record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{where}: is not JSON") from None
     if not isinstance(record, dict) or isinstance(record.get("step"), bool) or not isinstance(record.get("step"), int):
         raise UserError(f"{where}: is not a step's record (needs a whole number 'step')")
@@ -158,6 +159,6 @@ def _record(line: str, where: str) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
     return math.nan

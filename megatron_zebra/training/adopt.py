@@ -149,13 +149,13 @@ def changes(config: Config, source: Architecture) -> list[str]:
 def goes_on(config: Config) -> bool:
     """Whether ``checkpoint.load`` brings moments, step and data order too, as only a checkpoint of a run has them."""
     load = Path(config.checkpoint.load or "")
-    return config.checkpoint.load_part == "all" and form_of(load) == "checkpoint" and bool(progress_of(load))
+    return config.checkpoint.load_part == "all" and form_of(load) == "checkpoint" and has_progress(load)
 
 
-def progress_of(path: Path) -> dict[str, Any]:
-    """How far the run of a checkpoint was; nothing of one that holds a converted model."""
+def has_progress(path: Path) -> bool:
+    """Whether a checkpoint says how far its run was; one that holds a converted model does not."""
     folder = path if (path / layout.INDEX).is_file() else catalog.newest(path / "checkpoints") or catalog.newest(path)
-    return dict(layout.read_index(folder).metadata.get("progress") or {}) if folder is not None else {}
+    return folder is not None and bool(layout.read_index(folder).metadata.get("progress"))
 
 
 def teacher_of(config: Config) -> Architecture | None:

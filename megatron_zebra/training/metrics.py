@@ -47,5 +47,5 @@ def _plain(value: Any) -> Any:
 def _step(line: bytes) -> int | None:
     try:
         return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

@@ -2,15 +2,22 @@
 
 from dataclasses import dataclass
 from math import inf, isfinite, sqrt
+from typing import Annotated
+
+from pydantic import Field
+
+from megatron_zebra.config.fields import READ_BACK
 
 
 @dataclass(frozen=True)
 class Usual:
     """Running mean and variance of the loss of a step: of all steps at first, then with weights that fall over ``window`` steps."""
 
+    __pydantic_config__ = READ_BACK
+
     mean: float = 0.0
     variance: float = 0.0
-    steps: int = 0
+    steps: Annotated[int, Field(ge=0)] = 0
 
     def after(self, loss: float, window: int) -> "Usual":
         """With one more step's loss; one that is not finite changes nothing."""

@@ -1,11 +1,13 @@
 """What a checkpoint holds beside tensors, and how both are saved and restored."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter
 
 from megatron_zebra.checkpoint.catalog import retire_newer
 from megatron_zebra.checkpoint.collective import Collective
@@ -14,8 +16,10 @@ from megatron_zebra.checkpoint.pieces import PieceKey
 from megatron_zebra.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_zebra.checkpoint.save import Saved, save
 from megatron_zebra.checkpoint.verify import find_latest_good
+from megatron_zebra.config.fields import READ_BACK, in_words
 from megatron_zebra.config.sections import Checkpoint as SaveSettings
 from megatron_zebra.config.sections import Config, Lora
+from megatron_zebra.convert.folder import stored_architecture
 from megatron_zebra.convert.source import ModelSource
 from megatron_zebra.errors import UserError
 from megatron_zebra.model.architecture import Architecture
@@ -24,20 +28,27 @@ from megatron_zebra.model.trained import is_trained
 from megatron_zebra.parallel.optimizer import KINDS, Held, ShardedOptimizer
 from megatron_zebra.training.spike import Usual
 
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
 
 @dataclass(frozen=True)
 class Progress:
     """How far a run is. ``data`` names the training data that ``consumed_rows`` counts in, ``usual`` what losses it had."""
 
-    step: int = 0
-    consumed_rows: int = 0
-    consumed_tokens: int = 0
-    skipped_steps: int = 0
-    schedule_start: int = 0
-    updates: int = 0
-    seed: int = 0
+    __pydantic_config__ = READ_BACK
+
+    step: Count = 0
+    consumed_rows: Count = 0
+    consumed_tokens: Count = 0
+    skipped_steps: Count = 0
+    schedule_start: Count = 0
+    updates: Count = 0
+    seed: Count = 0
     data: list[str] = field(default_factory=list)
     usual: Usual = field(default_factory=Usual)
+
+
+_STORED = TypeAdapter(Progress)
 
 
 @dataclass(frozen=True)
@@ -111,12 +122,12 @@ def restore(checkpoint: Checkpoint, config: Config, arch: Architecture, optimize
     Raises:
         UserError: the checkpoint is of another model, or damaged.
     """
-    # How long the model may be used is told to others, and changes nothing here; older checkpoints do not know NoPE.
-    stored = {"nope_layers": []} | checkpoint.metadata["architecture"] | {"max_length": arch.max_length}
-    differences = compare_model(stored, arch.to_dict())
+    # How long the model may be used is told to others, and changes nothing here.
+    stored = replace(stored_architecture(checkpoint.metadata, checkpoint.folder), max_length=arch.max_length)
+    differences = compare_model(stored.to_dict(), arch.to_dict())
     if differences:
         raise UserError(f"{checkpoint.folder}: is of another model: {'; '.join(differences)}")
-    adapters, wanted = from_metadata(checkpoint.metadata), config.training.lora
+    adapters, wanted = from_metadata(checkpoint.metadata, checkpoint.folder), config.training.lora
     if to_metadata(adapters) != to_metadata(wanted):
         raise UserError(
             f"training.lora: {_adapters(wanted)}, {checkpoint.folder} has {_adapters(adapters)}; to change that, begin a new run "
@@ -131,9 +142,10 @@ def restore(checkpoint: Checkpoint, config: Config, arch: Architecture, optimize
                     "frozen, or begin a new run (checkpoint.load, checkpoint.load_part: weights)"
                 )
             values.copy_(_read(checkpoint, part, kind))
-    stored_progress = dict(checkpoint.metadata["progress"])
-    usual = Usual(**stored_progress.pop("usual", {}))  # older checkpoints do not know it
-    progress = Progress(**stored_progress, usual=usual)
+    try:
+        progress = _STORED.validate_json(json.dumps(checkpoint.metadata.get("progress")))
+    except ValueError as error:
+        raise UserError(f"{checkpoint.folder}: does not say how far its run was ({in_words(error)})") from None
     optimizer.restored(progress.updates)
     return progress
 

@@ -51,6 +51,9 @@ def test_the_pure_modules_import_no_torch() -> None:
         ([*DEBUG, "--model.hidden_size", "66"], 2),
         ([*DEBUG, "--training.global_batch_size", "7", "--dry-run", "--world-size", "2"], 2),
         ([*DEBUG, "--data.synthetic.documents", "0", "--data.train", "nowhere/x"], 2),
+        ([*DEBUG, "--data.synthetic.documents", "0", "--data.train", "x" * 5000], 2),
+        ([*DEBUG, "--checkpoint.load", "x" * 5000], 2),
+        ([*DEBUG, "--dry-run", "--world-size", "2", "--data.sequence_length", "333"], 0),
     ],
 )
 def test_it_answers_in_two_seconds(words: list[str], code: int) -> None:

@@ -37,6 +37,20 @@ def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Change:
     return apply
 
 
+def header(name: str, **values: object) -> Change:
+    """Other values for a tensor in the header of model.safetensors."""
+
+    def apply(folder: Path) -> None:
+        data = (folder / "model.safetensors").read_bytes()
+        size = struct.unpack_from("<Q", data)[0]
+        document = json.loads(data[8 : 8 + size])
+        document[name] |= values
+        new = json.dumps(document).encode()
+        (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(new)) + new + data[8 + size :])
+
+    return apply
+
+
 def text(name: str, content: str | bytes) -> Change:
     return lambda folder: (
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content) and None
@@ -105,6 +119,14 @@ CASES: dict[str, tuple[Change, str]] = {
         "its header is not JSON",
     ),
     "odd header": (text("model.safetensors", struct.pack("<Q", 16) + b'{"a": {"x": 12}}'), "nothing sensible of a"),
+    "endless shape": (header(UP, shape=[float("inf"), 32]), f"its header says nothing sensible of {UP}"),
+    "fraction of a byte": (header(UP, data_offsets=[0.0, 6144.0]), f"its header says nothing sensible of {UP}"),
+    "type of a thousand lines": (header(UP, dtype="F32\n" * 1000), "is of type F32?F32?"),
+    "model_type is no text": (edit("config.json", lambda c: c.update(model_type=["llama"])), "model_type is ['llama']"),
+    "layer_types are no text": (
+        edit("config.json", lambda c: c.update(layer_types=[["full_attention"]] * 5)),
+        "['full_attention'] is not one of full_attention",
+    ),
     "tokenizer.json too large": (
         text("tokenizer.json", tokenizer(61)),
         "tokenizer.json: has a token with id 61, but the embedding has 61 rows",
@@ -133,6 +155,10 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
         open_model(tmp_path / "shards")
     (tmp_path / "shards/model.safetensors.index.json").write_text('{"weight_map": {"a": "../../x.safetensors"}}')
     with pytest.raises(UserError, match="names a file outside its folder"):
+        open_model(tmp_path / "shards")
+    index = json.dumps({"weight_map": {"a": "x" * 300}})  # longer than a name can be
+    (tmp_path / "shards/model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=r"files are missing that .* names: xxx"):
         open_model(tmp_path / "shards")
     (tmp_path / "shards/model.safetensors.index.json").write_text("{}")
     with pytest.raises(UserError, match="weight_map, the file of each tensor, is missing"):

@@ -128,7 +128,20 @@ def test_files_that_cannot_be_read_are_refused_in_one_line(tmp_path: Path) -> No
     whole = file.read_bytes()
     file.write_bytes(whole[:200])
     assert "its header ends too early" in problem()
+    for key, value, words in (
+        ("general.alignment", 0, "its header ends too early"),
+        ("general.alignment", 0.5, "its header ends too early"),
+        ("llama.embedding_length", "wide", "hidden_size is 'wide'"),
+        ("llama.attention.layer_norm_rms_epsilon", "small", "not those of a model"),
+    ):
+        write(file, tensors, **{key.replace(".", "__"): value})
+        assert words in problem()
+    far = whole.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8 + 4  # where that tensor begins
+    file.write_bytes(whole[:far] + b"\xff" * 8 + whole[far + 8 :])
+    assert "output_norm.weight begins after them" in problem()
     file.write_bytes(whole[:-5000])
+    assert "cut: " in problem()
+    file.write_bytes(whole[:-10])
     with pytest.raises(UserError, match="cannot be read"):
         from_hf(file, tmp_path / "out")
     assert not (tmp_path / "out").exists()

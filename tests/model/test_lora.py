@@ -1,5 +1,6 @@
 """Adapters against the same model whose weights have the product added by hand."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,8 +106,8 @@ def test_any_interval_of_a_merged_weight(part: tuple[int, int | None]) -> None:
 
 
 def test_metadata_round_trip() -> None:
-    assert to_metadata(from_metadata({"lora": to_metadata(LORA)})) == to_metadata(LORA)
-    assert from_metadata({}) == Lora()
+    assert to_metadata(from_metadata({"lora": to_metadata(LORA)}, Path("c"))) == to_metadata(LORA)
+    assert from_metadata({}, Path("c")) == Lora()
     assert to_metadata(Lora()) is None
 
 

@@ -69,6 +69,7 @@ def test_a_run_that_just_began_and_never_had_a_finite_loss(run_dir: Path) -> Non
         (b"\n\n", "holds no step yet"),
         (b'{"step": 1, "loss"', "holds no step yet"),
         (b'{"step": 1}\n{oops}\n', "line 2: is not JSON"),
+        (b"[" * 100_000 + b"\n", "line 1: is not JSON"),
         (b"[1, 2]\n", "line 1: is not a step's record"),
         (b'{"loss": 2.0}\n', "line 1: is not a step's record"),
         (b'{"step": "one"}\n', "line 1: is not a step's record"),
@@ -112,13 +113,14 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
 
 def test_what_json_lacks_is_a_gap(run_dir: Path) -> None:
     (run_dir / "metrics.jsonl").write_text(
-        '{"step": 1, "loss": null}\n{"step": 2, "loss": 1.5, "note": "x"}\n{"step": 3, "lo'
+        f'{{"step": 1, "loss": null, "mfu": {10**400}}}\n{{"step": 2, "loss": 1.5, "note": "x"}}\n{{"step": 3, "lo'
     )
     metrics = read_metrics(run_dir / "metrics.jsonl")
     assert metrics.steps.tolist() == [1, 2]
     assert math.isnan(metrics.column("loss")[0])
     assert metrics.column("loss")[1] == 1.5
     assert np.isnan(metrics.column("note")).all()
+    assert np.isnan(metrics.column("mfu")).all()
     assert np.isnan(metrics.column("absent")).all()
     assert metrics.validation == {}
     assert np.isnan(read_by_position(run_dir / "evaluation" / "perplexity.json")["held"].loss[1])

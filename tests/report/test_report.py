@@ -182,6 +182,8 @@ def test_runs_of_one_name_go_by_their_paths(tmp_path: Path) -> None:
         ("evaluation/perplexity.json", "{}", "is not an evaluation's result"),
         ("evaluation/answers.json", '{"exact": 1}', "is not an evaluation's result"),
         ("evaluation/retrieval.json", "nothing", "is not JSON"),
+        ("evaluation/retrieval.json", "[" * 100_000, "is not JSON"),
+        ("evaluation/retrieval.json", json.dumps(TABLE | {"depth_edges": [0, 1, 10**400]}), "are not numbers"),
         ("evaluation/retrieval.json", json.dumps(TABLE | {"lengths": [1024]}), "a row a length"),
         ("evaluation/retrieval.json", json.dumps(TABLE | {"exact": [["x", 1], [1, 1]]}), "are not numbers"),
     ],

@@ -106,8 +106,8 @@ def test_adapters_are_merged_where_a_run_begins_without_them(run_distributed: An
     losses = [metrics(folder)[0]["loss"] for folder in (plain, same)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0] < metrics(adapted)[0]["loss"] - 0.01
-    assert not from_metadata(checkpoint_of(plain).metadata).rank
-    assert from_metadata(checkpoint_of(same).metadata).alpha == 200.0
+    assert not from_metadata(checkpoint_of(plain).metadata, plain).rank
+    assert from_metadata(checkpoint_of(same).metadata, same).alpha == 200.0
 
 
 def test_counts_of_parameters() -> None:

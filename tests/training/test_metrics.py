@@ -15,6 +15,8 @@ from megatron_zebra.training.metrics import MetricsFile
 from megatron_zebra.training.sinks import Sinks
 from tests.training.cases import small
 
+ODD_STEPS = ('{"step": 1e400}\n', "[" * 100_000 + "\n")
+
 
 def steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
@@ -30,7 +32,9 @@ def test_floats_are_kept_to_the_last_bit_and_nan_is_null(tmp_path: Path) -> None
     file.close()
 
 
-@pytest.mark.parametrize("tail", ["", '{"step": 3, "lo', '{"step": 3, "loss": 1.0}', "\0\0\0\0", '{"loss": 1}\n'])
+@pytest.mark.parametrize(
+    "tail", ["", '{"step": 3, "lo', '{"step": 3, "loss": 1.0}', "\0\0\0\0", '{"loss": 1}\n', *ODD_STEPS]
+)
 def test_a_resume_keeps_whole_lines_up_to_its_step(tmp_path: Path, tail: str) -> None:
     path = tmp_path / "m"
     path.write_text('{"step": 1}\n{"step": 2}\n' + tail)

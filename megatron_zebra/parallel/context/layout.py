@@ -23,7 +23,8 @@ def chunk_owners(cp: int, order: Order) -> Int64:
     if order not in ORDERS:
         raise ValueError(f"order {order!r} does not exist; allowed: {', '.join(ORDERS)}")
     ranks = np.arange(cp, dtype=np.int64)
-    return ranks if order == "contiguous" else np.concatenate([ranks, ranks[::-1]])
+    # One rank holds all of a row, which then may have any length.
+    return ranks if order == "contiguous" or cp == 1 else np.concatenate([ranks, ranks[::-1]])
 
 
 def chunk_length(cp: int, sequence_length: int, order: Order) -> int:

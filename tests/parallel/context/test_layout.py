@@ -45,6 +45,7 @@ def test_a_length_that_cannot_be_cut_is_refused_with_the_multiple() -> None:
     with pytest.raises(ValueError, match="multiple of 4"):
         local_index(0, 4, 1, 0, "contiguous")
     assert len(local_index(0, 2, 1, 18, "contiguous")) == 9
+    assert len(local_index(0, 1, 2, 17, "zigzag")) == 34  # one rank holds rows whole
     with pytest.raises(ValueError, match="order 'ring' does not exist; allowed: zigzag, contiguous"):
         local_index(0, 2, 1, 16, "ring")  # type: ignore[arg-type]
 

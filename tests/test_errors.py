@@ -1,0 +1,30 @@
+"""What a user is told is one line, whatever it quotes."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_zebra.errors import LONGEST, UserError, naming_files, run_tool
+
+
+def test_what_no_terminal_shows_is_a_question_mark() -> None:
+    assert str(UserError("a.json: key 'x\n\x1b[31m\u202e\ud800' é漢")) == "a.json: key 'x??[31m??' é漢"
+    assert str(UserError("one\nerror: two")) == "one\nerror: two"
+
+
+def test_a_line_keeps_its_beginning_and_its_end() -> None:
+    text = str(UserError(f"a.json: {'9' * 100_000} is no size"))
+    assert text.startswith("a.json: 999")
+    assert text.endswith("999 is no size")
+    assert len(text) < LONGEST + 10
+
+
+def test_the_system_s_complaint_about_a_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        Path("x" * 5000).stat()
+
+    with pytest.raises(SystemExit, match="2"):
+        run_tool(main)
+    assert capsys.readouterr().err == f"error: {'x' * 200}: File name too long\n"
+    with pytest.raises(BrokenPipeError), naming_files():
+        raise BrokenPipeError  # about no file
