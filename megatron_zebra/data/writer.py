@@ -49,7 +49,6 @@ class PairWriter:
         self.documents, self.tokens, self.text_bytes, self._largest = 0, 0, 0, -1
         self.loss_tokens = 0
         self._loss: BinaryIO | None = None
-        self._paths[0].parent.mkdir(parents=True, exist_ok=True)
         self._bin = _open_locked(self._temporary[0])
         try:
             self._idx = _open_locked(self._temporary[1])
@@ -168,13 +167,13 @@ class PairWriter:
 
 
 def _open_locked(path: Path) -> BinaryIO:
-    """Open a temporary file for this process alone, emptied; UserError if the folder is missing or another writes it."""
+    """Open a temporary file for this process alone, emptied, and make its folder; UserError if that is not possible or
+    another writes it."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         stream = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=1 << 20)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); the folder must exist and be writable"
-        ) from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); the folder must be writable") from None
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         alone = os.path.samestat(os.fstat(stream.fileno()), path.stat())  # else it was renamed since we opened it

@@ -237,8 +237,9 @@ def test_nothing_is_left_of_a_writer_that_failed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to write"), PairWriter(tmp_path / "p", vocabulary()) as writer:
         writer.finish()
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UserError, match=r"no/p\.bin\.tmp: cannot be written"):
-        PairWriter(tmp_path / "no" / "p", vocabulary())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/p\.bin\.tmp: cannot be written \(File exists\)"):
+        PairWriter(tmp_path / "file" / "p", vocabulary())
 
 
 def test_two_writers_of_one_pair(tmp_path: Path) -> None:

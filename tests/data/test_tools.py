@@ -124,7 +124,7 @@ def test_one_line_for_every_mistake(data: Path, tmp_path: Path) -> None:
         ({"inputs": [tmp_path / "empty.txt"]}, "nothing to write, the input holds no document with text"),
         ({"tokenizer": tmp_path / "none.model"}, "none.model: no such file"),
         ({"tokenizer": data / "a.jsonl"}, "a.jsonl: not a tokenizer"),
-        ({"prefix": tmp_path / "no" / "p"}, "p.bin.tmp: cannot be written (No such file or directory)"),
+        ({"prefix": tmp_path / "empty.txt" / "p"}, "p.bin.tmp: cannot be written (File exists)"),
         ({"workers": 0}, "--workers 0: at least 1"),
         ({"eod_token": "<eot>"}, "no token '<eot>' in the vocabulary"),
     ):
