@@ -1,0 +1,131 @@
+"""What the global layers are for: a small Zebra and the same model with all layers local learn to find a passkey in a text.
+
+  python benchmarks/passkey.py                     # about half an hour on two cores, a training on each
+  python benchmarks/passkey.py --output passkey --steps 300
+
+Both train on the same texts of 64 to 1024 tokens, the standard library's sources with a number stated at any depth, and are
+judged by the answer alone, as tools/evaluate.py retrieval asks for it. Information moves at most window_size tokens a
+layer through local layers: beyond num_layers * window_size the second model cannot know the number.
+
+Prints tables, and leaves the runs, the results and a heat map of each in --output.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "launch")]
+
+from quickstart import corpus
+
+from megatron_zebra.data.tokenizer import load_tokenizer
+from megatron_zebra.data.writer import PairWriter, Vocabulary
+from megatron_zebra.evaluation.retrieval.build import HEAD, frame_of, make_example
+from megatron_zebra.evaluation.retrieval.haystack import open_haystack
+from megatron_zebra.evaluation.retrieval.tasks import Counts
+
+LONGEST, SHORTEST, WINDOW, LAYERS = 1024, 64, 32, 4
+LENGTHS = (64, 96, 128, 160, 192, 256, 512, 1024)
+ROWS = 4
+TRAINING_SEED = 1  # the evaluation's is 0
+MODELS = {"zebra": "global, local, global, local", "local": "local, local, local, local"}
+SETTINGS = {
+    "model.hidden_size": 64,
+    "model.num_layers": LAYERS,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 4,
+    "model.ffn_hidden_size": 192,
+    "model.window_size": WINDOW,
+    "model.init_std": 0.1,
+    "data.sequence_length": LONGEST,
+    "data.packing": "best_fit",
+    "training.global_batch_size": ROWS,
+    "training.micro_batch_size": 1,
+    "training.precision": "fp32",
+    "optimizer.learning_rate": 3e-3,
+    "optimizer.schedule": "wsd",
+    "optimizer.warmup_steps": 100,
+    "checkpoint.interval": 500,
+    "checkpoint.keep_last": 1,
+    "evaluation.interval": 0,
+    "logging.interval": 50,
+}
+
+
+def tool(*words: object) -> None:
+    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+
+
+def prepare(folder: Path, steps: int) -> None:
+    """Texts, a tokenizer whose vocabulary has the task's words, and the training pair."""
+    corpus(folder)
+    task = f"{HEAD}The pass key is 1. Remember it.\n\nWhat is the pass key?\nThe pass key is 2"
+    (folder / "task.txt").write_text(f"{task}\n" * 20_000)
+    tool(
+        "tools/train_tokenizer.py", "--input", folder / "train.jsonl", folder / "task.txt", "--vocab-size", 1024,
+        "--output", folder / "tokenizer.model", "--force",
+    )  # fmt: skip
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.eod_id, tokenizer.hash, tokenizer.kind, tokenizer.name)
+    haystack = open_haystack([str(folder / "train.jsonl")], tokenizer, LONGEST, False)
+    frame, generator = frame_of(tokenizer, None), np.random.default_rng(TRAINING_SEED)
+    with PairWriter(folder / "train", vocabulary, force=True, masked=True) as writer:
+        while writer.tokens < steps * ROWS * LONGEST:
+            length = int(SHORTEST * (LONGEST / SHORTEST) ** generator.random())  # as many short texts as long ones
+            example = make_example(
+                "passkey", writer.documents, length, 0, 1, haystack=haystack, tokenizer=tokenizer, frame=frame,
+                counts=Counts(), seed=TRAINING_SEED,
+            )  # fmt: skip
+            mask = np.zeros(length, np.uint8)
+            for start, stop in example.turns:
+                mask[start:stop] = 1
+            writer.add(example.tokens, [length], mask=mask)
+        writer.finish()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("passkey"))
+    parser.add_argument("--steps", type=int, default=2200)
+    options = parser.parse_args()
+    folder = options.output.resolve()
+    prepare(folder, options.steps)
+    running = []
+    for name, kinds in MODELS.items():
+        settings = SETTINGS | {
+            "model.layer_kinds": f"[{kinds}]",
+            "data.train": f"[{folder / 'train'}]",
+            "data.tokenizer": folder / "tokenizer.model",
+            "training.steps": options.steps,
+            "logging.run_dir": folder / name,
+        }
+        words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+        running.append(
+            subprocess.Popen(
+                [sys.executable, "pretrain_zebra.py", *words], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            )
+        )
+    if any([process.wait() for process in running]):
+        raise SystemExit("a training failed")
+    for name, kinds in MODELS.items():
+        print(f"\n{name}: {kinds}; window {WINDOW}, so {LAYERS * WINDOW} tokens through all layers", flush=True)
+        tool(
+            "tools/evaluate.py", "retrieval", "--checkpoint", folder / name, "--text", folder / "valid.jsonl",
+            "--tasks", "passkey", "--lengths", *LENGTHS, "--examples", 20, "--output", folder / f"{name}.json",
+        )  # fmt: skip
+    exact = {
+        name: json.loads((folder / f"{name}.json").read_text())["tasks"]["passkey"]["by_length"] for name in MODELS
+    }
+    print("\nexact answers, %\n  tokens  " + "  ".join(MODELS))
+    for length in LENGTHS:
+        print(f"{length:8d}  " + "  ".join(f"{100 * exact[name][str(length)]['exact']:5.1f}" for name in MODELS))
+
+
+if __name__ == "__main__":
+    main()
