@@ -20,10 +20,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "launch")]
+sys.path.insert(0, str(ROOT))
 
-from quickstart import corpus
-
+from launch.quickstart import corpus
 from megatron_zebra.data.tokenizer import load_tokenizer
 from megatron_zebra.data.writer import PairWriter, Vocabulary
 from megatron_zebra.evaluation.retrieval.build import HEAD, frame_of, make_example
@@ -111,7 +110,8 @@ def main() -> None:
                 [sys.executable, "pretrain_zebra.py", *words], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
             )
         )
-    if any([process.wait() for process in running]):
+    codes = [process.wait() for process in running]
+    if any(codes):
         raise SystemExit("a training failed")
     for name, kinds in MODELS.items():
         print(f"\n{name}: {kinds}; window {WINDOW}, so {LAYERS * WINDOW} tokens through all layers", flush=True)

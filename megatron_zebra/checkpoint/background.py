@@ -11,30 +11,6 @@ from megatron_zebra.parallel.whereabouts import SAVE_THREAD
 T = TypeVar("T")
 
 
-class HostCopies:
-    """Copies of pieces, in memory that is kept from one save to the next: new memory costs more time than the copying."""
-
-    def __init__(self) -> None:
-        self._kept: dict[PieceKey, Any] = {}
-
-    def of(self, pieces: Iterable[tuple[PieceKey, Any]]) -> list[tuple[PieceKey, Any]]:
-        """Copies of torch tensors on any device; once this returns the tensors may change."""
-        import torch
-
-        copies, on_device = [], False
-        for key, tensor in pieces:
-            copy = self._kept.get(key)
-            if copy is None or copy.dtype != tensor.dtype:
-                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                self._kept[key] = copy
-            copy.copy_(tensor.detach(), non_blocking=True)
-            on_device |= tensor.is_cuda
-            copies.append((key, copy))
-        if on_device:
-            torch.cuda.current_stream().synchronize()
-        return copies
-
-
 class Background(Generic[T]):
     """One act at a time on a thread that ends with the process; what it raises is raised where its outcome is taken."""
 
@@ -63,3 +39,43 @@ class Background(Generic[T]):
             return None
         self._outcome = None
         return outcome.result()
+
+
+class HostCopies:
+    """Copies of pieces, in memory that is kept from one save to the next: new memory costs more time than the copying."""
+
+    def __init__(self) -> None:
+        self._kept: dict[PieceKey, Any] = {}
+        self._under_way: Background[None] = Background()
+
+    def set_aside(self, pieces: Iterable[tuple[PieceKey, Any]]) -> None:
+        """Begin to take the memory for copies of these pieces, on a thread: so the first save need not wait for it."""
+
+        def take() -> None:
+            for key, tensor in pieces:
+                self._room(key, tensor).zero_()  # memory is given when it is first written
+
+        self._under_way.start(take)
+
+    def of(self, pieces: Iterable[tuple[PieceKey, Any]]) -> list[tuple[PieceKey, Any]]:
+        """Copies of torch tensors on any device; once this returns the tensors may change."""
+        import torch
+
+        self._under_way.take(None)
+        copies, on_device = [], False
+        for key, tensor in pieces:
+            copy = self._room(key, tensor)
+            copy.copy_(tensor.detach(), non_blocking=True)
+            on_device |= tensor.is_cuda
+            copies.append((key, copy))
+        if on_device:
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+    def _room(self, key: PieceKey, tensor: Any) -> Any:
+        import torch
+
+        kept = self._kept.get(key)
+        if kept is None or kept.dtype != tensor.dtype:
+            kept = self._kept[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return kept

@@ -18,7 +18,7 @@ from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.parallel.optimizer import ShardedOptimizer
 from megatron_zebra.parallel.process import WorldCollective
 from megatron_zebra.training.console import Console
-from megatron_zebra.training.state import Progress, State, state_of
+from megatron_zebra.training.state import Progress, State, held_pieces, state_of
 
 PATIENCE = 60.0  # seconds
 
@@ -41,6 +41,8 @@ class Saver:
         self.collective = WorldCollective(grid)
         self.aside = WorldCollective(grid, aside=True) if self.settings.background else self.collective
         self.copies = HostCopies()
+        if self.settings.background and 0 < self.settings.interval < config.training.steps:
+            self.copies.set_aside(held_pieces(optimizer))
         self.running: Background[Saved] = Background()
         self.saving = 0  # the step that is being saved
         self.waited = 0.0

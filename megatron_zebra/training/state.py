@@ -90,7 +90,7 @@ def state_of(progress: Progress, config: Config, arch: Architecture, optimizer: 
     }
     if lora.rank:
         metadata["lora"] = to_metadata(lora)
-    return State(progress.step, [piece for part in optimizer.held() for piece in _pieces(part)], metadata, expected)
+    return State(progress.step, held_pieces(optimizer), metadata, expected)
 
 
 def resume_state(
@@ -188,6 +188,11 @@ def _adapters(lora: Lora) -> str:
     if not lora.rank:
         return "no adapters"
     return f"adapters of rank {lora.rank} and alpha {lora.alpha:g} on {', '.join(sorted(lora.targets))}"
+
+
+def held_pieces(optimizer: ShardedOptimizer) -> list[tuple[PieceKey, Any]]:
+    """What this rank writes: tensors in the optimizer's own memory."""
+    return [piece for part in optimizer.held() for piece in _pieces(part)]
 
 
 def _pieces(part: Held) -> Iterator[tuple[PieceKey, Any]]:
