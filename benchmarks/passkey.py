@@ -19,8 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch.quickstart import corpus
 from megatron_zebra.data.tokenizer import load_tokenizer
@@ -29,6 +28,7 @@ from megatron_zebra.evaluation.retrieval.build import HEAD, frame_of, make_examp
 from megatron_zebra.evaluation.retrieval.haystack import open_haystack
 from megatron_zebra.evaluation.retrieval.tasks import Counts
 
+ROOT = Path(__file__).resolve().parent.parent
 LONGEST, SHORTEST, WINDOW, LAYERS = 1024, 64, 32, 4
 LENGTHS = (64, 96, 128, 160, 192, 256, 512, 1024)
 ROWS = 4
