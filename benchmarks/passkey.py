@@ -76,7 +76,9 @@ def prepare(folder: Path, steps: int) -> None:
     frame, generator = frame_of(tokenizer, None), np.random.default_rng(TRAINING_SEED)
     with PairWriter(folder / "train", vocabulary, force=True, masked=True) as writer:
         while writer.tokens < steps * ROWS * LONGEST:
-            length = int(SHORTEST * (LONGEST / SHORTEST) ** generator.random())  # as many short texts as long ones
+            length = int(
+                SHORTEST * (LONGEST / SHORTEST) ** generator.random() ** 2
+            )  # most are short: more answers a step
             example = make_example(
                 "passkey", writer.documents, length, 0, 1, haystack=haystack, tokenizer=tokenizer, frame=frame,
                 counts=Counts(), seed=TRAINING_SEED,

@@ -1,5 +1,6 @@
 """What is kept of a Hugging Face folder beside its weights: configuration, tokenizer and chat template, byte for byte."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -52,6 +53,13 @@ def kept_folder(checkpoint: Path) -> Path | None:
 def origin_of(model: Path) -> Path | None:
     """The folder with the files beside a model's weights: a Hugging Face folder itself, or what a checkpoint keeps of one."""
     return model if (model / CONFIG).is_file() else kept_folder(model)
+
+
+def tokenizer_hashes(model: Path) -> set[str]:
+    """sha256 of each tokenizer beside the weights of a model, a checkpoint or a run; none of a file, such as GGUF."""
+    folder = origin_of(model)
+    found = [folder / name for name in ("tokenizer.json", "tokenizer.model")] if folder is not None else []
+    return {hashlib.sha256(file.read_bytes()).hexdigest() for file in found if file.is_file()}
 
 
 def keep(source: Path, run: Path) -> list[str]:

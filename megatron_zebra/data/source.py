@@ -1,7 +1,7 @@
 """Sources: streams of tokens with document bounds, and their split into training, validation and test."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from math import fsum, inf
 from pathlib import Path
@@ -159,3 +159,14 @@ def check_vocabulary(pair: IndexedPair, vocab_size: int, tokenizer_hash: str | N
             f"but model.vocab_size is {vocab_size}; allowed is {info.largest_id + 1} or more"
         )
     return None
+
+
+def other_tokenizer(pair: IndexedPair, beside: Collection[str]) -> str | None:
+    """A warning if the pair was written with none of the tokenizers ``beside`` the model, by their hashes. No error: the
+    same vocabulary may be in another file."""
+    if pair.info is None or not beside or pair.info.tokenizer_hash in beside:
+        return None
+    return (
+        f"{pair.prefix}: written with another tokenizer ({pair.info.tokenizer_name}, {pair.info.vocab_size} tokens) than the "
+        "one beside the model; unless both have the same vocabulary, its losses mean nothing"
+    )

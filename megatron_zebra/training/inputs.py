@@ -2,13 +2,22 @@
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_zebra.config.sections import Config, Source
+from megatron_zebra.convert.kept import tokenizer_hashes
 from megatron_zebra.data.dataset import Dataset, Phase
 from megatron_zebra.data.indexed import IndexedPair
 from megatron_zebra.data.lengths import LengthFilter, NoDocumentLeft
 from megatron_zebra.data.rows import OnePass
-from megatron_zebra.data.source import FileSource, check_fits, check_vocabulary, is_masked, split_documents
+from megatron_zebra.data.source import (
+    FileSource,
+    check_fits,
+    check_vocabulary,
+    is_masked,
+    other_tokenizer,
+    split_documents,
+)
 from megatron_zebra.data.source import Source as TokenSource
 from megatron_zebra.data.synthetic import SyntheticSource
 from megatron_zebra.errors import UserError
@@ -51,6 +60,9 @@ def open_inputs(config: Config) -> Inputs:
         vocab_size = _vocab_size(config, pairs)
         tokenizer_hash = _tokenizer_hash(data.tokenizer)
         warnings += filter(None, (check_vocabulary(pair, vocab_size, tokenizer_hash) for pair in pairs))
+        if data.tokenizer is None and config.checkpoint.load is not None:
+            beside = tokenizer_hashes(Path(config.checkpoint.load))
+            warnings += filter(None, (other_tokenizer(pair, beside) for pair in pairs))
         names = []
         for source in data.train:
             names.append(_unique(_name(source), names))

@@ -91,8 +91,9 @@ def command(page: str, line: str) -> Command | None:
     ranks = None
     if words[0] == "mkdir":
         return None
-    if words[:3] == ["pip", "install", "-c"] or words[:3] == ["pip", "install", "-e"]:
-        extras = re.search(r"\.\[(.+)\]", line)
+    sourced = words[:2] == ["source", "launch/environment.sh"]
+    if sourced or words[:3] == ["pip", "install", "-c"] or words[:3] == ["pip", "install", "-e"]:
+        extras = re.search(r"environment\.sh (\S+)" if sourced else r"\.\[(.+)\]", line)
         project = (ROOT / "pyproject.toml").read_text()
         assert extras is None or all(
             re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras[1].split(",")

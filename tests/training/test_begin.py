@@ -9,14 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_zebra.convert.kept import KEPT, keep_tokenizer
+from megatron_zebra.convert.kept import KEPT, keep_tokenizer, tokenizer_hashes
 from megatron_zebra.convert.source import open_model
 from megatron_zebra.convert.to_hf import to_hf
 from megatron_zebra.data.batch import read_step
+from megatron_zebra.data.indexed import IndexedPair
+from megatron_zebra.data.source import other_tokenizer
 from megatron_zebra.training.adopt import adopted, notes
+from megatron_zebra.training.inputs import open_inputs
 from tests.convert.models import again, ids, make, ours, theirs
 from tests.training.cases import opened, small
 from tests.training.runs import contents, curve, metrics, run
+from tests.training.test_loop import pair
 
 QUICK: dict[str, Any] = {
     "training__global_batch_size": 4,
@@ -144,3 +148,24 @@ def test_a_run_keeps_its_own_tokenizer(tmp_path: Path) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
     ]
+
+
+def test_data_of_another_tokenizer_than_the_models_is_told(tmp_path: Path) -> None:
+    written = pair(tmp_path / "data", 1)  # by a tokenizer whose hash is "abab..."
+    run = tmp_path / "run"
+    (run / KEPT).mkdir(parents=True)
+    data = {"data__synthetic__documents": 0, "data__train": [{"prefix": written}], "checkpoint__load": str(run)}
+
+    def told(**more: Any) -> list[str]:
+        return [line for line in open_inputs(small(**data | more)).warnings if "another tokenizer" in line]
+
+    assert not told()  # no tokenizer is there
+    (run / KEPT / "tokenizer.model").write_bytes(b"pieces")
+    (line,) = told()
+    assert line.startswith(
+        f"{written}: written with another tokenizer (test.model, 101 tokens) than the one beside the model"
+    )
+    assert tokenizer_hashes(run / "checkpoints" / "step-00000001") == tokenizer_hashes(run)
+    hashes = tokenizer_hashes(run)
+    assert other_tokenizer(IndexedPair(written), hashes) == line
+    assert other_tokenizer(IndexedPair(written), hashes | {"ab" * 32}) is None

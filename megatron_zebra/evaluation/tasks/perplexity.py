@@ -70,9 +70,15 @@ def check(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     check(arguments)
+    from megatron_zebra.convert.kept import tokenizer_hashes
+    from megatron_zebra.data.source import other_tokenizer
     from megatron_zebra.evaluation.load import opened
 
     with opened(arguments, "perplexity.json", max(arguments.sequence_length)) as (subject, source, output):
+        if subject.grid.is_main:
+            beside = tokenizer_hashes(source.folder)
+            for warning in filter(None, (other_tokenizer(pair, beside) for pair in _pairs(arguments).values())):
+                print(f"warning: {warning}", file=sys.stderr)
         result = measure(subject, arguments)
         if subject.grid.is_main:
             # Print first: what was computed is not lost where it cannot be written.
