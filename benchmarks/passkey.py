@@ -13,6 +13,7 @@ Prints tables, and leaves the runs, the results and a heat map of each in --outp
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -30,24 +31,29 @@ from megatron_zebra.evaluation.retrieval.tasks import Counts
 
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST, SHORTEST, WINDOW, LAYERS = 1024, 64, 32, 4
+PHASES = {
+    "short": (160, 0.75),
+    "long": (LONGEST, 0.25),
+}  # longest text, share of the steps: short ones hold more answers
 LENGTHS = (64, 96, 128, 160, 192, 256, 512, 1024)
 ROWS = 4
 TRAINING_SEED = 1  # the evaluation's is 0
 MODELS = {"zebra": "global, local, global, local", "local": "local, local, local, local"}
 SETTINGS = {
-    "model.hidden_size": 64,
+    "model.hidden_size": 128,
     "model.num_layers": LAYERS,
     "model.num_heads": 4,
     "model.num_kv_heads": 4,
-    "model.ffn_hidden_size": 192,
+    "model.ffn_hidden_size": 384,
     "model.window_size": WINDOW,
-    "model.init_std": 0.1,
+    "model.init_std": 0.08,
+    "model.rope.theta": 1e6,
     "data.sequence_length": LONGEST,
     "data.packing": "best_fit",
     "training.global_batch_size": ROWS,
     "training.micro_batch_size": 1,
     "training.precision": "fp32",
-    "optimizer.learning_rate": 3e-3,
+    "optimizer.learning_rate": 2e-3,
     "optimizer.schedule": "wsd",
     "optimizer.warmup_steps": 100,
     "checkpoint.interval": 500,
@@ -74,51 +80,53 @@ def prepare(folder: Path, steps: int) -> None:
     vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.eod_id, tokenizer.hash, tokenizer.kind, tokenizer.name)
     haystack = open_haystack([str(folder / "train.jsonl")], tokenizer, LONGEST, False)
     frame, generator = frame_of(tokenizer, None), np.random.default_rng(TRAINING_SEED)
-    with PairWriter(folder / "train", vocabulary, force=True, masked=True) as writer:
-        while writer.tokens < steps * ROWS * LONGEST:
-            length = int(
-                SHORTEST * (LONGEST / SHORTEST) ** generator.random() ** 2
-            )  # most are short: more answers a step
-            example = make_example(
-                "passkey", writer.documents, length, 0, 1, haystack=haystack, tokenizer=tokenizer, frame=frame,
-                counts=Counts(), seed=TRAINING_SEED,
-            )  # fmt: skip
-            mask = np.zeros(length, np.uint8)
-            for start, stop in example.turns:
-                mask[start:stop] = 1
-            writer.add(example.tokens, [length], mask=mask)
-        writer.finish()
+    for phase, (longest, share) in PHASES.items():
+        with PairWriter(folder / phase, vocabulary, force=True, masked=True) as writer:
+            while writer.tokens < share * steps * ROWS * LONGEST:
+                length = int(SHORTEST * (longest / SHORTEST) ** generator.random())
+                example = make_example(
+                    "passkey", writer.documents, length, 0, 1, haystack=haystack, tokenizer=tokenizer, frame=frame,
+                    counts=Counts(), seed=TRAINING_SEED,
+                )  # fmt: skip
+                mask = np.zeros(length, np.uint8)
+                for start, stop in example.turns:
+                    mask[start:stop] = 1
+                writer.add(example.tokens, [length], mask=mask)
+            writer.finish()
+
+
+def train(folder: Path, name: str, steps: int) -> subprocess.Popen[bytes]:
+    """Both phases of one model, one after the other, beside what else runs."""
+    commands, load = [], []
+    for phase, (_, share) in PHASES.items():
+        settings = SETTINGS | {
+            "model.layer_kinds": f"[{MODELS[name]}]",
+            "data.train": f"[{folder / phase}]",
+            "data.tokenizer": folder / "tokenizer.model",
+            "training.steps": int(share * steps),
+            "logging.run_dir": folder / name / phase,
+        }
+        words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+        commands.append(shlex.join([sys.executable, "pretrain_zebra.py", *words, *load]))
+        load = ["--checkpoint.load", str(folder / name / phase), "--checkpoint.load_part", "weights"]
+    return subprocess.Popen(" && ".join(commands), shell=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("passkey"))
-    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args()
     folder = options.output.resolve()
     prepare(folder, options.steps)
-    running = []
-    for name, kinds in MODELS.items():
-        settings = SETTINGS | {
-            "model.layer_kinds": f"[{kinds}]",
-            "data.train": f"[{folder / 'train'}]",
-            "data.tokenizer": folder / "tokenizer.model",
-            "training.steps": options.steps,
-            "logging.run_dir": folder / name,
-        }
-        words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
-        running.append(
-            subprocess.Popen(
-                [sys.executable, "pretrain_zebra.py", *words], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            )
-        )
+    running = [train(folder, name, options.steps) for name in MODELS]
     codes = [process.wait() for process in running]
     if any(codes):
         raise SystemExit("a training failed")
     for name, kinds in MODELS.items():
         print(f"\n{name}: {kinds}; window {WINDOW}, so {LAYERS * WINDOW} tokens through all layers", flush=True)
         tool(
-            "tools/evaluate.py", "retrieval", "--checkpoint", folder / name, "--text", folder / "valid.jsonl",
+            "tools/evaluate.py", "retrieval", "--checkpoint", folder / name / "long", "--text", folder / "valid.jsonl",
             "--tasks", "passkey", "--lengths", *LENGTHS, "--examples", 20, "--output", folder / f"{name}.json",
         )  # fmt: skip
     exact = {

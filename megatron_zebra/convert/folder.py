@@ -3,17 +3,20 @@
 Imports no torch, so that a configuration can be checked against a model before anything is loaded.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_zebra.checkpoint import catalog, layout
 from megatron_zebra.config.fields import in_words
+from megatron_zebra.config.sections import Lora
 from megatron_zebra.convert import gguf_file, safetensors
 from megatron_zebra.convert.families import Understood, understand
 from megatron_zebra.convert.names import HEAD, check_tensors, sink_name
 from megatron_zebra.convert.values import read_json
 from megatron_zebra.errors import UserError
 from megatron_zebra.model.architecture import Architecture
+from megatron_zebra.model.lora import Shape, adapter_shapes
 
 CONFIG = "config.json"
 Form = Literal["checkpoint", "huggingface", "gguf"]
@@ -72,6 +75,16 @@ def stored_architecture(metadata: dict[str, Any], where: Path) -> Architecture:
         return Architecture.from_dict(metadata["architecture"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: does not say of what model it is ({in_words(error)})") from None
+
+
+def check_stored(tensors: Mapping[tuple[str, str], Shape], arch: Architecture, adapters: Lora, where: Path) -> None:
+    """Whether the weights of a checkpoint, (name, kind) -> shape, are those that its own metadata promise."""
+    for name, shape in (arch.parameter_shapes() | adapter_shapes(arch, adapters)).items():
+        held = tensors.get((name, "weight"))
+        if held is None:
+            raise UserError(f"{where}: a tensor is missing that its metadata ask for: {name}")
+        if held != shape:
+            raise UserError(f"{where}: {name} has shape {list(held)}, by its metadata it would be {list(shape)}")
 
 
 def has_safetensors(folder: Path) -> bool:

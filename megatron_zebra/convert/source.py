@@ -82,6 +82,7 @@ class CheckpointSource:
         self.checkpoint, self.folder = checkpoint, checkpoint.folder
         self.lora = lora.from_metadata(checkpoint.metadata, self.folder)
         self.architecture = folders.stored_architecture(checkpoint.metadata, self.folder)
+        folders.check_stored(checkpoint.tensors(), self.architecture, self.lora, self.folder)
         self.notes: list[str] = []
 
     def names(self) -> list[str]:

@@ -19,7 +19,7 @@ from megatron_zebra.checkpoint.verify import find_latest_good
 from megatron_zebra.config.fields import READ_BACK, in_words
 from megatron_zebra.config.sections import Checkpoint as SaveSettings
 from megatron_zebra.config.sections import Config, Lora
-from megatron_zebra.convert.folder import stored_architecture
+from megatron_zebra.convert.folder import check_stored, stored_architecture
 from megatron_zebra.convert.source import ModelSource
 from megatron_zebra.errors import UserError
 from megatron_zebra.model.architecture import Architecture
@@ -134,6 +134,7 @@ def restore(checkpoint: Checkpoint, config: Config, arch: Architecture, optimize
             "(checkpoint.load, checkpoint.load_part: weights)"
         )
     there = checkpoint.tensors()
+    check_stored(there, arch, adapters, checkpoint.folder)
     for part in optimizer.held():
         for kind, values in part.tensors.items():
             if (part.name, kind) not in there:

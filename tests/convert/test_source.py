@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_zebra.checkpoint import layout
 from megatron_zebra.convert.boxes import box_of, cut
 from megatron_zebra.convert.folder import architecture_of
 from megatron_zebra.convert.from_hf import from_hf
@@ -91,3 +92,25 @@ def test_a_path_that_holds_no_model(tmp_path: Path) -> None:
             opened(tmp_path)
         with pytest.raises(UserError, match="holds no model; allowed are"):
             opened(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": {"ffn_hidden_size": 7}}, r"gate_proj.weight has shape \[\d+, 32\], by its metadata it would be \[7, 32\]"),
+        ({"architecture": {"qk_norm": True}}, "a tensor is missing that its metadata ask for: layers.0.attention.q_norm.weight"),
+        ({"lora": {"rank": 2, "alpha": 4, "targets": ["q_proj"]}}, "ask for: layers.0.attention.q_proj.lora_a"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_is_not_the_model_it_says_is_refused(
+    forms: dict[str, Path], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(forms["checkpoint"], folder)
+    index = json.loads((folder / layout.INDEX).read_text())
+    del index["checksum"]
+    for key, values in change.items():
+        index["metadata"][key] = index["metadata"].get(key, {}) | values
+    (folder / layout.INDEX).write_text(json.dumps(index | {"checksum": layout.checksum(layout._canonical(index))}))
+    with pytest.raises(UserError, match=message):
+        open_model(folder)
