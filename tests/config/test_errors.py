@@ -333,7 +333,7 @@ def test_no_file_and_a_folder(tmp_path: Path) -> None:
     "words",
     [
         ["foo"], ["-x"], ["--"], ["--."], ["--model..x", "3"], ["--training.steps"], ["--training.steps", "--dry-run"],
-        ["--config"], ["--dry-run=3"], ["--world-size", "0"], ["--world-size", "²"], ["--world-size", "two"],
+        ["--config"], ["--dry-run=3"], ["--world-size", "0"], ["--world-size", "²"], ["--world-size", "two"], ["--world-size", "9999999"],
         ["--world-size", "9" * 5000], ["--deepspeed.x", "[1"], ["--data.train", "{"], ["--training.steps", "!!x 3"],
     ],
 )  # fmt: skip
