@@ -18,6 +18,8 @@ from megatron_zebra.errors import UserError, run_tool
 from megatron_zebra.launching.command import TRAINING, WORKER, rehearsed, split
 from megatron_zebra.launching.supervise import FAILED, MISTAKE, at_last_step, ranks_with, supervise
 
+RETRY = set(range(1, 256)) - {MISTAKE}
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
@@ -55,7 +57,7 @@ def main() -> None:
     began = time.time()
     finished = functools.partial(at_last_step, training.config, training.folder)
     code = supervise(
-        lambda: command, options.max_restarts, range(1, 256), finished, ranks_of=lambda _: ranks_with(training.words)
+        lambda: command, options.max_restarts, RETRY, finished, ranks_of=lambda _: ranks_with(training.words)
     )
     if code in (FAILED, MISTAKE):
         print("\n".join(told_errors(logs, began)), file=sys.stderr)

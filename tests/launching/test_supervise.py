@@ -13,6 +13,7 @@ import pytest
 
 from megatron_zebra.launching import supervise as module
 from megatron_zebra.launching.supervise import AGAIN, DONE, FAILED, LOST, MISTAKE, Node0, supervise
+from megatron_zebra.launching.with_deepspeed import RETRY
 
 
 def launcher(folder: Path, trap: str, then: str = "exit $?") -> list[str]:
@@ -65,9 +66,10 @@ def test_restarts(tmp_path: Path, retry: range, restarts: int, starts: int) -> N
     assert code == (DONE if starts == 4 else FAILED)
 
 
-def test_a_mistake_of_the_user_is_not_tried_again_by_torchrun(tmp_path: Path) -> None:
+@pytest.mark.parametrize("retry", [{LOST}, RETRY], ids=["torchrun", "deepspeed"])
+def test_a_mistake_of_the_user_is_not_tried_again(tmp_path: Path, retry: set[int]) -> None:
     script = f"echo >> {tmp_path}/starts; exit 2"
-    assert supervise(lambda: ["bash", "-c", script], 5, {LOST}, lambda: False) == MISTAKE
+    assert supervise(lambda: ["bash", "-c", script], 5, retry, lambda: False) == MISTAKE
     assert (tmp_path / "starts").read_text() == "\n"
 
 
