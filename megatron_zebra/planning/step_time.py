@@ -24,7 +24,7 @@ import numpy as np
 
 from megatron_zebra.attention.window import allowed_pairs
 from megatron_zebra.config.derived import stages_per_rank
-from megatron_zebra.config.sections import Config
+from megatron_zebra.config.sections import Config, Parallel
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.parallel.layout import AXES, Layout
 from megatron_zebra.planning.activations import activations
@@ -110,7 +110,8 @@ def _computing(arch: Architecture, config: Config, stages: Stages, pp_rank: int,
     matrix = 3 * blocks.blocks + recomputed(arch, blocks, training.recompute)
     if len(stages) - 1 in stages.of_rank(pp_rank):
         matrix += 3 * head_flops(arch, length).head
-    pairs = sum(_pairs_computed(window, length) * layers for window, layers in Counter(map(arch.window, held)).items())
+    windows = Counter(map(arch.window, held))
+    pairs = sum(_pairs_of_busiest(window, length, parallel) * layers for window, layers in windows.items())
     attention = 4 * pairs * arch.num_heads * arch.head_dim * (3 if training.recompute == "none" else 4)
     kept = sum(
         activations(
@@ -128,9 +129,17 @@ def _computing(arch: Architecture, config: Config, stages: Stages, pp_rank: int,
     )
     return {
         "matrix": matrix * share / device.peak_flops / MATRIX,
-        "attention": attention * share / device.peak_flops / ATTENTION,
+        "attention": attention * training.micro_batch_size / parallel.tp / device.peak_flops / ATTENTION,
         "elementwise": kept * PASSES * (4 / 3 if training.recompute == "full" else 1) / device.memory_rate,
     }
+
+
+def _pairs_of_busiest(window: int | None, length: int, parallel: Parallel) -> float:
+    """Of the context-parallel rank that has most: zigzag is even, in contiguous order it is the last."""
+    whole = _pairs_computed(window, length)
+    if parallel.cp_order == "zigzag":
+        return whole / parallel.cp
+    return whole - _pairs_computed(window, length - length // parallel.cp)
 
 
 def _pairs_computed(window: int | None, length: int) -> int:

@@ -97,3 +97,12 @@ def test_the_slowest_group_counts() -> None:
     assert rate("tp", Layout(dp=8, tp=4), H200) == 450e9
     assert rate("cp global", Layout(dp=4, cp=3), H200) == 50e9  # 6, 7, 8
     assert rate("data", Layout(pp=2, dp=12), replace(H200, network=10e9)) == 40e9  # 8-11 are four
+
+
+def test_contiguous_order_waits_for_the_last_rank() -> None:
+    """Of 4 ranks the last has 1 - (3/4)^2 = 7/16 of a global layer's pairs, in zigzag order each a quarter."""
+    zigzag, contiguous = (
+        timed(BILLION, 4, model__layer_group_size=1, parallel__cp=4, parallel__cp_order=order).parts["attention"]
+        for order in ("zigzag", "contiguous")
+    )
+    assert contiguous / zigzag == pytest.approx(7 / 4, rel=0.01)
