@@ -44,6 +44,12 @@ def test_a_layout_by_length_and_its_picture(tmp_path: Path) -> None:
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_is_left_out_is_said() -> None:
+    words = ["--config", "launch/recipes/adapt-llama3-8b-1m.yaml", "--gpus", "64", "--gpu", "h100"]
+    assert "the teacher" not in run(*words).stdout
+    assert "  the teacher big is left out" in run(*words, "--training.distill.teacher", "big").stdout
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
