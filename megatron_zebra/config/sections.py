@@ -313,7 +313,9 @@ class Checkpoint(Section):
         True, "training waits for a copy of the state in host memory alone, and goes on while that is written"
     )
     mirror: str | None = key(
-        None, "address of a second home for each checkpoint, of any kind that fsspec knows: s3://bucket/run"
+        None,
+        "address of a second home for each checkpoint, of any kind that fsspec knows: s3://bucket/run",
+        min_length=1,
     )
     time_budget: float = key(0.05, "part of the time that training may wait for saves; more is warned of", gt=0, le=1)
     load: str | None = key(None, "a checkpoint to begin a new run from, if run_dir holds none")

@@ -57,6 +57,7 @@ SINGLE = [
     ("training.lora.targets", ["q"], "[0] = 'q': must be 'q_proj', 'k_proj'"),
     ("training.distill.weight", 1.5, "= 1.5: must be less than or equal to 1"),
     ("training.recompute", "some", "= 'some': must be 'none', 'attention' or 'full'"),
+    ("checkpoint.mirror", "", "= '': must not be empty"),
     ("data.split", [1.0], "= [1.0]: must have at least 3 values"),
     ("data.split", [1.0, -1.0, 0.0], "[1] = -1.0: must be greater than or equal to 0"),
     ("data.valid", [""], "[0].prefix = '': must not be empty"),
