@@ -69,7 +69,7 @@ def train(config: Config, arch: Architecture, inputs: Inputs, folder: Path, grid
                 log.info(note)
                 console.say(note)
             try:
-                with Sinks(config, folder, progress.step, grid.is_main) as sinks:
+                with Sinks(config, folder, progress.step, grid.is_main, console.say) as sinks:
                     run = _Run(config, arch, inputs, folder, grid, trained, console, saver, sinks)
                     run.until_done(progress, stop_wanted)
                 break
