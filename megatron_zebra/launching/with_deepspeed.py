@@ -8,7 +8,6 @@ import functools
 import logging
 import os
 import re
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -46,10 +45,10 @@ def main() -> None:
     except OSError as error:
         raise UserError(f"logging.run_dir = {training.folder}: cannot be written ({error.strerror})") from None
     if nodes.pdsh:
-        _check_pdsh()
+        _check_paths()
     spelt = shell_word if nodes.pdsh else str
     command = [
-        *(sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "warning"),
+        *(sys.executable, "-m", "megatron_zebra.launching.runner", "--no_local_rank", "--log_level", "warning"),
         *("--enable_each_rank_log", spelt(str(logs.absolute()))),
         *(*others, "--module", TRAINING if options.no_check else WORKER, *map(spelt, training.words)),
     ]
@@ -60,7 +59,8 @@ def main() -> None:
         lambda: command, options.max_restarts, RETRY, finished, ranks_of=lambda _: ranks_with(training.words)
     )
     if code in (FAILED, MISTAKE):
-        print("\n".join(told_errors(logs, began)), file=sys.stderr)
+        for line in told_errors(logs, began):
+            print(line, file=sys.stderr)
     sys.exit(code)
 
 
@@ -120,12 +120,8 @@ def shell_word(word: str) -> str:
     return "$'" + "".join(f"\\x{byte:02x}" for byte in word.encode()) + "'"
 
 
-def _check_pdsh() -> None:
-    """What stands in the way of DeepSpeed's launcher for several nodes, which it would tell in a traceback or not at all."""
-    if shutil.which("pdsh") is None:
-        raise UserError(
-            "pdsh: is not installed, with which DeepSpeed reaches the nodes; or use launch/torchrun.sh on each"
-        )
+def _check_paths() -> None:
+    """Those that DeepSpeed puts into the words of a shell as they are."""
     for path in (os.getcwd(), sys.executable):
         if shell_word(path) != path:
             raise UserError(

@@ -128,22 +128,33 @@ def test_a_mistake_in_the_hostfile_is_one_line(
     assert capfd.readouterr() == ("", "")
 
 
-def test_words_reach_the_nodes_of_deepspeed_as_they_are(tmp_path: Path) -> None:
-    """Two nodes, of which a fake pdsh runs the first one's words in a shell here, as ssh does; ``%n`` is its number."""
-    (tmp_path / "pdsh").write_text(
-        '#!/usr/bin/env bash\nwhile [ "$1" != -w ]; do shift; done; shift 2\ncommand="$*"; exec bash -c "${command//%n/0}"\n'
-    )
-    (tmp_path / "pdsh").chmod(0o755)
-    (tmp_path / "hostfile").write_text("a slots=1\nb slots=1\n")
-    run_dir = tmp_path / "it's a {run,dir} of 100%n $HOME"
-    options = ["--hostfile", str(tmp_path / "hostfile"), "--no_ssh_check", "--master_addr", "127.0.0.1", "--no-check"]
-    words = [*DEBUG, "--logging.run_dir", str(run_dir), "--data.valid=[{prefix: 'no \"such\" file',name: é}]"]
-    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+def by_deepspeed(folder: Path, ssh: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """The launcher over two nodes: a fake pdsh runs the first one's words in a shell here, as ssh does; ``%n`` is its number."""
+    pdsh = 'while [ "$1" != -w ]; do shift; done; shift 2; command="$*"; exec bash -c "${command//%n/0}"'
+    for name, text in (("pdsh", pdsh), ("ssh", ssh)):
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    (folder / "hostfile").write_text("node-a slots=1\nnode-b slots=1\n")
+    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", PRINTING, *options, *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, "-c", PRINTING, "--hostfile", str(folder / "hostfile"), "--max-restarts", "2", *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_words_reach_the_nodes_of_deepspeed_as_they_are(tmp_path: Path) -> None:
+    run_dir = tmp_path / "it's a {run,dir} of 100%n $HOME"
+    words = [*DEBUG, "--logging.run_dir", str(run_dir), "--data.valid=[{prefix: 'no \"such\" file',name: é}]"]
+    done = by_deepspeed(tmp_path, "echo 127.0.0.1", "--no-check", *words)
     logs = list(run_dir.glob("logs/deepspeed/*_rank0.log"))
     assert [log.read_text() for log in logs] == [f"{words}\n"], done.stdout + done.stderr
+
+
+def test_a_node_that_deepspeed_cannot_reach_is_one_line_and_not_tried_again(tmp_path: Path) -> None:
+    done = by_deepspeed(tmp_path, "exit 255", *DEBUG, "--logging.run_dir", str(tmp_path / "run"))
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: deepspeed: Using hostfile at ")
+    assert "host=node-a was not reachable via ssh" in line
 
 
 # The launcher as it is, without its dry run and with a module in the training's place that prints its words.
