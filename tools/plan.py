@@ -12,6 +12,7 @@ one that a recipe would load must have its sizes in the model section.
 """
 
 import argparse
+from math import inf
 from pathlib import Path
 
 from megatron_zebra.config import check, load
@@ -19,6 +20,8 @@ from megatron_zebra.config.derived import longest_sequence
 from megatron_zebra.config.sections import Config
 from megatron_zebra.errors import UserError, run_tool
 from megatron_zebra.planning.devices import DEVICES
+
+MOST_GPUS = 2**17  # a search divides them in every way
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,9 +45,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments, words = parser().parse_known_args()
-    for name in ("gpus", "node", "network", "show"):
-        if getattr(arguments, name) <= 0:
-            raise UserError(f"--{name} {getattr(arguments, name)}: must be above 0")
+    for name in ("gpus", "node", "network", "show", "tokens"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < inf:
+            raise UserError(f"--{name} {value}: must be above 0, and finite")
+    if arguments.gpus > MOST_GPUS:
+        raise UserError(f"--gpus {arguments.gpus}: must be at most {MOST_GPUS}")
     if arguments.lengths and min(arguments.lengths) < 1:
         raise UserError(f"--lengths {min(arguments.lengths)}: must be 1 or more")
     if arguments.output and not arguments.lengths:

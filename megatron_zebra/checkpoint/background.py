@@ -19,7 +19,7 @@ class Background(Generic[T]):
 
     def start(self, act: Callable[[], T]) -> None:
         """Begin ``act``; the outcome of the one before must have been taken."""
-        if self._outcome is not None:
+        if self.busy:
             raise RuntimeError("the act before has an outcome that nobody took")
         outcome: futures.Future[T] = futures.Future()
         self._outcome = outcome
@@ -31,6 +31,11 @@ class Background(Generic[T]):
                 outcome.set_exception(error)
 
         threading.Thread(target=run, name=SAVE_THREAD, daemon=True).start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is an act whose outcome nobody took."""
+        return self._outcome is not None
 
     def take(self, wait: float | None = 0) -> T | None:
         """The outcome, once; None if there is none after ``wait`` seconds (None: however long it takes)."""

@@ -43,7 +43,7 @@ class Mirror:
 
         def finish() -> None:
             self.fs.pipe_file(f"{target}/{layout.INDEX}", (folder / layout.INDEX).read_bytes())
-            self._prune(keep_last, keep_every)
+            self._prune(keep_last, keep_every, folder.name)
 
         self._together(group, f"copying {folder.name} to", lambda: self.fs.makedirs(target, exist_ok=True), alone=True)
         self._together(group, f"copying {folder.name} to", own)
@@ -92,8 +92,11 @@ class Mirror:
         names = [Path(path).name for path in self.fs.ls(self.root, detail=False)]
         return catalog.parsed(Path(self.root), names, lambda name: self.fs.exists(f"{self.root}/{name}/{layout.INDEX}"))
 
-    def _prune(self, keep_last: int, keep_every: int) -> None:
+    def _prune(self, keep_last: int, keep_every: int, written: str) -> None:
+        """What is ``written`` stays, however many of later steps there are: the run may have gone back behind those."""
         for entry in catalog.outlived(self._entries(), keep_last, keep_every):
+            if entry.folder.name == written:
+                continue
             path = f"{self.root}/{entry.folder.name}"
             if entry.complete:
                 self.fs.rm_file(f"{path}/{layout.INDEX}")

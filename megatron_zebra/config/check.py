@@ -138,7 +138,7 @@ def _ranks(config: Config, world_size: int) -> Iterator[str]:
     if world_size % size:
         yield (
             f"parallel.tp x cp x pp = {parallel.tp} x {parallel.cp} x {parallel.pp} = {size}: must divide the {world_size} "
-            f"process{'es' if world_size > 1 else ''} (allowed: {_few(_divisors(world_size), size)}; or use {_multiples(world_size, size)} processes)"
+            f"process{'es' if world_size > 1 else ''} (allowed: {_few(divisors(world_size), size)}; or use {_multiples(world_size, size)} processes)"
         )
 
 
@@ -147,7 +147,7 @@ def _tensor(config: Config) -> Iterator[str]:
     heads, kv, ffn = model.num_heads, kv_heads(model), ffn_width(model)
 
     def allowed() -> str:
-        return _few([n for n in _divisors(heads) if ffn % n == 0 and (kv % n == 0 or n % kv == 0)], tp)
+        return _few([n for n in divisors(heads) if ffn % n == 0 and (kv % n == 0 or n % kv == 0)], tp)
 
     if heads % tp:
         yield f"parallel.tp = {tp}: must divide model.num_heads = {heads} (allowed: {allowed()})"
@@ -178,7 +178,7 @@ def _context(config: Config) -> Iterator[str]:
     if held % parallel.cp_head_groups:
         yield (
             f"parallel.cp_head_groups = {parallel.cp_head_groups}: must divide the {held} KV head{'s' if held > 1 else ''} "
-            f"of a rank, model.num_kv_heads / parallel.tp (allowed: {_few(_divisors(held), parallel.cp_head_groups)})"
+            f"of a rank, model.num_kv_heads / parallel.tp (allowed: {_few(divisors(held), parallel.cp_head_groups)})"
         )
     backend = BACKENDS.get(model.attention_backend)
     if parallel.cp > 1 and backend is not None and not backend.fewer_queries:
@@ -270,7 +270,8 @@ def _rounds(micro_batches: int, pp: int) -> int:
     return max(1, micro_batches // pp)
 
 
-def _divisors(n: int) -> list[int]:
+def divisors(n: int) -> list[int]:
+    """Of ``n``, ascending."""
     small = [i for i in range(1, int(n**0.5) + 1) if n % i == 0]
     return sorted({*small, *(n // i for i in small)})
 

@@ -55,6 +55,7 @@ def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG, _text)
 
+MOST_RANKS = 1 << 20  # that a dry run lists
 MOST_BYTES = 1 << 20  # of a configuration, and of its values once aliases are written out
 
 
@@ -91,8 +92,8 @@ def parse_words(words: Sequence[str]) -> CommandLine:
             if option == "--config":
                 config = value
             elif option == "--world-size":
-                if not re.fullmatch("[0-9]{1,9}", value) or int(value) < 1:
-                    raise UserError(f"--world-size {_printable(value)}: must be a whole number from 1")
+                if not re.fullmatch("[0-9]{1,7}", value) or not 1 <= int(value) <= MOST_RANKS:
+                    raise UserError(f"--world-size {_printable(value)}: must be a whole number from 1 to {MOST_RANKS}")
                 world_size = int(value)
             else:
                 overrides[option[2:]] = _yaml(value, f"{option} {value}")

@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field
 
 from megatron_zebra.config.fields import Section, key
 
+MOST_CP = 4096  # every rank plans what each sends to each
 LayerKind = Literal["global", "local"]
 WeightPart = Literal["embedding", "head", "attention", "mlp", "norms"]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -84,7 +85,7 @@ class Parallel(Section):
     """How the world is divided; data parallelism takes what is left."""
 
     tp: int = key(1, "tensor-parallel ranks", ge=1)
-    cp: int = key(1, "context-parallel ranks", ge=1)
+    cp: int = key(1, "context-parallel ranks", ge=1, le=MOST_CP)
     pp: int = key(1, "pipeline-parallel ranks", ge=1)
     cp_order: Literal["zigzag", "contiguous"] = key(
         "zigzag", "which tokens of a row a context-parallel rank holds; zigzag = two chunks, with equal causal work"
@@ -312,7 +313,9 @@ class Checkpoint(Section):
         True, "training waits for a copy of the state in host memory alone, and goes on while that is written"
     )
     mirror: str | None = key(
-        None, "address of a second home for each checkpoint, of any kind that fsspec knows: s3://bucket/run"
+        None,
+        "address of a second home for each checkpoint, of any kind that fsspec knows: s3://bucket/run",
+        min_length=1,
     )
     time_budget: float = key(0.05, "part of the time that training may wait for saves; more is warned of", gt=0, le=1)
     load: str | None = key(None, "a checkpoint to begin a new run from, if run_dir holds none")

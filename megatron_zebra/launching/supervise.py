@@ -24,7 +24,8 @@ DONE, FAILED, MISTAKE, AGAIN = 0, 1, 2, 75  # 75: EX_TEMPFAIL of sysexits.h
 LOST = 70  # from the agent: the nodes have lost touch
 SILENCE = 20.0  # seconds without an answer after which a node counts as out of reach
 PATIENCE = 600.0  # seconds to wait for the node that keeps the meeting place, as torchrun waits for the others
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1 is what Slurm's srun hands on
+# SIGUSR1 is what Slurm's srun hands on, SIGHUP a terminal or an ssh connection that is gone.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -159,13 +160,14 @@ def _say(text: str) -> None:
 
 @contextlib.contextmanager
 def _caught() -> Iterator[list[int]]:
-    """The numbers of the signals that have come, in a list that grows."""
+    """The numbers of the signals that have come, in a list that grows; SIGHUP not under nohup."""
     caught: list[int] = []
 
     def note(number: int, _: FrameType | None) -> None:
         caught.append(number)
 
-    former = {number: signal.signal(number, note) for number in SIGNALS}
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    former = {number: signal.signal(number, note) for number in SIGNALS if number != signal.SIGHUP or not nohup}
     try:
         yield caught
     finally:

@@ -7,13 +7,17 @@ import argparse
 import functools
 import logging
 import os
+import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_zebra.errors import UserError, run_tool
 from megatron_zebra.launching.command import TRAINING, WORKER, rehearsed, split
 from megatron_zebra.launching.supervise import FAILED, MISTAKE, at_last_step, ranks_with, supervise
+
+RETRY = set(range(1, 256)) - {MISTAKE}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,25 +37,30 @@ def main() -> None:
     options, others = parser().parse_known_args(words)
     if options.max_restarts < 0:
         raise UserError(f"--max-restarts {options.max_restarts}: must be 0 or more")
-    training = rehearsed(training_words, [world_size(others)])
+    nodes = chosen_nodes(others)
+    training = rehearsed(training_words, [nodes.processes])
     try:
         logs = training.folder / "logs" / "deepspeed"
         logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"logging.run_dir = {training.folder}: cannot be written ({error.strerror})") from None
+    if nodes.pdsh:
+        _check_paths()
+    spelt = shell_word if nodes.pdsh else str
     command = [
-        *(sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "warning"),
-        *("--enable_each_rank_log", str(logs.absolute())),
-        *(*others, "--module", TRAINING if options.no_check else WORKER, *training.words),
+        *(sys.executable, "-m", "megatron_zebra.launching.runner", "--no_local_rank", "--log_level", "warning"),
+        *("--enable_each_rank_log", spelt(str(logs.absolute()))),
+        *(*others, "--module", TRAINING if options.no_check else WORKER, *map(spelt, training.words)),
     ]
     print(f"the processes write to {logs}/TIME_rankN.log", flush=True)
     began = time.time()
     finished = functools.partial(at_last_step, training.config, training.folder)
     code = supervise(
-        lambda: command, options.max_restarts, range(1, 256), finished, ranks_of=lambda _: ranks_with(training.words)
+        lambda: command, options.max_restarts, RETRY, finished, ranks_of=lambda _: ranks_with(training.words)
     )
     if code in (FAILED, MISTAKE):
-        print("\n".join(told_errors(logs, began)), file=sys.stderr)
+        for line in told_errors(logs, began):
+            print(line, file=sys.stderr)
     sys.exit(code)
 
 
@@ -61,22 +70,64 @@ def told_errors(logs: Path, since: float) -> list[str]:
     return list(dict.fromkeys(line for text in texts for line in text.splitlines() if line.startswith("error: ")))
 
 
-def world_size(words: list[str]) -> int:
-    """The processes that ``deepspeed`` starts with these options."""
+@dataclass(frozen=True)
+class Nodes:
+    """What ``deepspeed`` will start: how many ``processes``; ``pdsh``: through a shell on each node, by way of pdsh."""
+
+    processes: int
+    pdsh: bool
+
+
+def chosen_nodes(words: list[str]) -> Nodes:
+    """Those that ``deepspeed`` takes with these options.
+
+    Raises:
+        UserError: there are none such. DeepSpeed itself takes this node alone where it finds no hostfile, and as many as
+            there are where more are asked for.
+    """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidiactl") else "cpu")
     from deepspeed.accelerator import get_accelerator
     from deepspeed.launcher import runner
     from deepspeed.utils import logger
 
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     options = runner.parse_args([*words, TRAINING])
+    if options.hostfile != runner.DLTS_HOSTFILE and not os.path.isfile(options.hostfile):
+        raise UserError(f"--hostfile {options.hostfile}: must be a file (launch/deepspeed/hostfile.example is one)")
     try:
         pool = runner.fetch_hostfile(options.hostfile) or {"localhost": get_accelerator().device_count()}
         chosen = runner.parse_inclusion_exclusion(pool, options.include, options.exclude)
-        chosen = runner.apply_num_nodes_and_gpus(chosen, options.num_nodes, options.num_gpus)
     except ValueError as error:
         raise UserError(f"deepspeed: {error}") from None
-    return sum(len(slots) for slots in chosen.values())
+    if options.num_nodes > len(chosen):
+        raise UserError(f"--num_nodes {options.num_nodes}: must be at most the {len(chosen)} of --hostfile")
+    chosen = runner.apply_num_nodes_and_gpus(chosen, options.num_nodes, options.num_gpus)
+    processes = sum(len(slots) for slots in chosen.values())
+    if not processes:
+        raise UserError("deepspeed: there is no GPU to use (--hostfile, --include, --exclude, --num_gpus)")
+    several = (options.force_multi or len(chosen) > 1) and not options.no_ssh
+    return Nodes(processes, several and options.launcher.lower() == runner.PDSH_LAUNCHER)
+
+
+def shell_word(word: str) -> str:
+    """``word`` so that bash on the nodes reads it as it is.
+
+    DeepSpeed joins all words with blanks for pdsh. It puts a word with a blank into double quotes, so there must be none;
+    and pdsh replaces what follows a percent sign.
+    """
+    if re.fullmatch(r"[\w@+=:,./-]+", word, re.ASCII):
+        return word
+    return "$'" + "".join(f"\\x{byte:02x}" for byte in word.encode()) + "'"
+
+
+def _check_paths() -> None:
+    """Those that DeepSpeed puts into the words of a shell as they are."""
+    for path in (os.getcwd(), sys.executable):
+        if shell_word(path) != path:
+            raise UserError(
+                f"{path}: DeepSpeed's launcher for several nodes cannot handle this path (allowed: letters, digits, . _ - / @ + = : ,); "
+                "or use launch/torchrun.sh on each"
+            )
 
 
 if __name__ == "__main__":

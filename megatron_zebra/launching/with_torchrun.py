@@ -87,9 +87,10 @@ def visible_gpus() -> int:
 
 def _node0(endpoint: str) -> Node0:
     host, _, port = endpoint.partition(":")
-    if not host or not re.fullmatch(r"\d{0,5}", port):
-        raise UserError(f"--rdzv-endpoint {endpoint}: must be HOST or HOST:PORT")
-    return Node0(host, int(port or PORT))
+    port = port or str(PORT)
+    if not host or not re.fullmatch(r"[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
+        raise UserError(f"--rdzv-endpoint {endpoint}: must be HOST or HOST:PORT, a port from 1 to 65535")
+    return Node0(host, int(port))
 
 
 def _meeting(node0: Node0, here: bool, name: str) -> list[str]:

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from megatron_zebra.config.check import problems
+from megatron_zebra.config.check import divisors, problems
 from megatron_zebra.config.derived import longest_sequence
-from megatron_zebra.config.sections import Config
+from megatron_zebra.config.sections import MOST_CP, Config
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.pattern import layer_kinds
 from megatron_zebra.parallel.layout import Layout
@@ -68,9 +68,12 @@ def search(
 
 def candidates(config: Config, gpus: int, node: int) -> Iterator[Config]:
     """One for each division of ``gpus`` into tp x cp x pp x dp."""
-    sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
-    for tp, cp, pp in product(sizes, sizes, sizes):
-        if tp <= node and gpus % (tp * cp * pp) == 0 and pp <= config.model.num_layers:
+    sizes = divisors(gpus)
+    within, contexts, pipelines = (
+        [size for size in sizes if size <= most] for most in (node, MOST_CP, config.model.num_layers)
+    )
+    for tp, cp, pp in product(within, contexts, pipelines):
+        if gpus % (tp * cp * pp) == 0:
             parallel = config.parallel.model_copy(
                 update={"tp": tp, "cp": cp, "pp": pp, "pp_layers": None} | _stages_of_one_rank(config, pp)
             )
@@ -84,19 +87,17 @@ def _stages_of_one_rank(config: Config, pp: int) -> dict[str, object]:
 
 
 def _fitting(arch: Architecture, config: Config, gpus: int, machine: Machine) -> Plan | None:
-    """The fastest ZeRO stage and recomputation that fit."""
+    """The fastest ZeRO stage and recomputation that fit, of those that training accepts."""
     parallel = config.parallel
     layout = Layout.of(gpus, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp)
-    stages = stages_of(config, arch)
     fitting = []
-    for zero in (1, 2, 3) if layout.pp == 1 else (1,):
-        for recompute in RECOMPUTE:
-            tried = config.model_copy(
-                update={
-                    "optimizer": config.optimizer.model_copy(update={"zero_stage": zero}),
-                    "training": config.training.model_copy(update={"recompute": recompute}),
-                }
-            )
+    for recompute in RECOMPUTE:
+        again = config.model_copy(update={"training": config.training.model_copy(update={"recompute": recompute})})
+        stages = stages_of(again, arch)  # balanced for what is computed again too
+        for zero in (1, 2, 3):
+            tried = again.model_copy(update={"optimizer": config.optimizer.model_copy(update={"zero_stage": zero})})
+            if problems(tried, gpus):
+                continue
             memory = max(memory_by_rank(arch, tried, layout, stages), key=lambda of_rank: of_rank.total)
             if memory.total <= machine.device.memory_bytes:
                 time = step_time(arch, tried, layout, stages, machine)

@@ -17,12 +17,16 @@ not measured on GPUs.
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+import numpy as np
 
 from megatron_zebra.attention.window import allowed_pairs
 from megatron_zebra.config.derived import stages_per_rank
-from megatron_zebra.config.sections import Config
+from megatron_zebra.config.sections import Config, Parallel
 from megatron_zebra.model.architecture import Architecture
-from megatron_zebra.parallel.layout import Layout
+from megatron_zebra.parallel.layout import AXES, Layout
 from megatron_zebra.planning.activations import activations
 from megatron_zebra.planning.communication import busiest_bytes
 from megatron_zebra.planning.devices import Device
@@ -106,7 +110,8 @@ def _computing(arch: Architecture, config: Config, stages: Stages, pp_rank: int,
     matrix = 3 * blocks.blocks + recomputed(arch, blocks, training.recompute)
     if len(stages) - 1 in stages.of_rank(pp_rank):
         matrix += 3 * head_flops(arch, length).head
-    pairs = sum(_pairs_computed(window, length) * layers for window, layers in Counter(map(arch.window, held)).items())
+    windows = Counter(map(arch.window, held))
+    pairs = sum(_pairs_of_busiest(window, length, parallel) * layers for window, layers in windows.items())
     attention = 4 * pairs * arch.num_heads * arch.head_dim * (3 if training.recompute == "none" else 4)
     kept = sum(
         activations(
@@ -124,9 +129,17 @@ def _computing(arch: Architecture, config: Config, stages: Stages, pp_rank: int,
     )
     return {
         "matrix": matrix * share / device.peak_flops / MATRIX,
-        "attention": attention * share / device.peak_flops / ATTENTION,
+        "attention": attention * training.micro_batch_size / parallel.tp / device.peak_flops / ATTENTION,
         "elementwise": kept * PASSES * (4 / 3 if training.recompute == "full" else 1) / device.memory_rate,
     }
+
+
+def _pairs_of_busiest(window: int | None, length: int, parallel: Parallel) -> float:
+    """Of the context-parallel rank that has most: zigzag is even, in contiguous order it is the last."""
+    whole = _pairs_computed(window, length)
+    if parallel.cp_order == "zigzag":
+        return whole / parallel.cp
+    return whole - _pairs_computed(window, length - length // parallel.cp)
 
 
 def _pairs_computed(window: int | None, length: int) -> int:
@@ -153,9 +166,19 @@ TOGETHER = ("tp", "data")  # rings, which every GPU of a node feeds at once
 
 
 def rate(kind: str, layout: Layout, machine: Machine) -> float:
-    """Bytes/s at which a rank receives ``kind``: its node's links, or the network where the group spans nodes."""
-    group = layout.groups(*AXES_OF[kind])[0]
-    here = sum(rank < machine.node for rank in group)
-    if here == len(group):
+    """Bytes/s at which a rank of the slowest group receives ``kind``: its node's links, or the network where it spans nodes."""
+    axes = AXES_OF[kind]
+    size = prod(getattr(layout, axis) for axis in axes)
+    stride = prod(layout.sizes[AXES.index(axes[-1]) + 1 :])
+    here = _together(size, stride, layout.world_size, machine.node)
+    if here == size:
         return machine.device.link
     return min(machine.device.link, machine.network * (here if kind in TOGETHER else 1))
+
+
+@lru_cache(maxsize=4096)
+def _together(size: int, stride: int, world: int, node: int) -> int:
+    """Of groups of ``size`` ranks, ``stride`` apart, in a world of nodes of ``node``: the fewest that one has on a node."""
+    starts = np.arange(world).reshape(-1, size, stride)[:, 0]
+    groups = np.unique(starts % node)[:, None] + stride * np.arange(size)  # [groups, size]; the others lie alike
+    return min(int(np.unique(group // node, return_counts=True)[1].min()) for group in groups)

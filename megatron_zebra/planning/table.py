@@ -16,12 +16,18 @@ GIB = 2**30
 def heading(arch: Architecture, config: Config, gpus: int, machine: Machine) -> str:
     """The model and the machine."""
     length, rows = config.data.sequence_length, config.training.global_batch_size
+    teacher = config.training.distill.teacher
     return "\n".join(
         [
             stripes(arch.layer_kinds, arch.window_size),
             f"  {parameter_count(arch) / 1e9:,.2f} billion parameters; a step is {rows} rows x {length:,} = {rows * length:,} tokens",
             f"  {gpus} x {machine.device.name} ({machine.device.memory_bytes / GIB:.0f} GiB, {machine.device.peak_flops / 1e12:.0f} TFLOP/s), "
             f"{machine.node} a node, {machine.network * 8 / 1e9:.0f} Gbit/s each between nodes",
+            *(
+                [f"  the teacher {teacher} is left out, in memory and time (--dry-run reads it, and counts its memory)"]
+                if teacher
+                else []
+            ),
         ]
     )
 

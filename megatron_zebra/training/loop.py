@@ -69,7 +69,7 @@ def train(config: Config, arch: Architecture, inputs: Inputs, folder: Path, grid
                 log.info(note)
                 console.say(note)
             try:
-                with Sinks(config, folder, progress.step, grid.is_main) as sinks:
+                with Sinks(config, folder, progress.step, grid.is_main, console.say) as sinks:
                     run = _Run(config, arch, inputs, folder, grid, trained, console, saver, sinks)
                     run.until_done(progress, stop_wanted)
                 break
@@ -223,7 +223,7 @@ class _Run:
         if found := differing(self.trained.optimizer.module, self.grid):
             raise UserError(
                 f"step {step}: {found} (training.compare_replicas): a device or its memory is faulty; checkpoints after step "
-                f"{step - interval} may have it, so set those aside before the run goes on"
+                f"{step - interval} may have it, so set those aside, in checkpoint.mirror too, before the run goes on"
             )
 
     def _report_slow(self, step: int, outcome: StepOutcome) -> None:

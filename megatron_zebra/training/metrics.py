@@ -22,18 +22,27 @@ class MetricsFile:
                     if step is None or step > restored_step:
                         break
                     kept += len(line)
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)
         self._file.truncate(kept)
+        self._waiting = b""  # lines, or the rest of one, for which there was no room
 
     def write(self, record: Record) -> None:
-        """Floats as they are; nan and infinities, which JSON lacks, as null."""
-        line = json.dumps(_plain(record), allow_nan=False)
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        """Floats as they are; nan and infinities, which JSON lacks, as null.
+
+        Raises:
+            OSError: it could not be written; the next call tries again.
+        """
+        self._waiting += json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
+        self._write()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what is left of a line that a full disk refused; told by write()
-            self._file.close()
+        with contextlib.suppress(OSError):  # told by write()
+            self._write()
+        self._file.close()
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
 
 def _plain(value: Any) -> Any:

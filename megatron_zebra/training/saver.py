@@ -78,6 +78,8 @@ class Saver:
             self.tell(PATIENCE)
         except Exception as error:
             self.console.say(f"warning: step {self.saving} was not saved: {error}")
+        if self.running.busy:
+            self.console.say(f"warning: step {self.saving} was not saved: not within {PATIENCE:g} s of the failure")
 
     def has_saved(self) -> bool:
         """Whether the run has a checkpoint of its own; called by all ranks."""

@@ -1,9 +1,10 @@
 """Where the records of a run go, from the main rank."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from megatron_zebra.checkpoint.files import NO_ROOM
 from megatron_zebra.config.sections import Config
 from megatron_zebra.errors import UserError
 from megatron_zebra.evaluation.loss import Evaluated
@@ -15,7 +16,11 @@ from megatron_zebra.training.run_folder import writing
 class Sinks:
     """Where records go: metrics.jsonl, evaluation.jsonl and the optional loggers, all on the main rank."""
 
-    def __init__(self, config: Config, folder: Path, restored_step: int, enabled: bool) -> None:
+    def __init__(
+        self, config: Config, folder: Path, restored_step: int, enabled: bool, say: Callable[[str], None]
+    ) -> None:
+        """``say``: for what goes wrong and need not end the run."""
+        self._say, self._full = say, False
         self.outputs: list[Logger] = []
         self.evaluations: MetricsFile | None = None
         if enabled:
@@ -35,8 +40,8 @@ class Sinks:
             self.evaluations.close()
 
     def write(self, record: Record) -> None:
-        with _telling(record):
-            for output in self.outputs:
+        for output in self.outputs:
+            with self._telling(record):
                 output.write(record)
 
     def write_evaluation(self, step: int, results: dict[str, Evaluated]) -> None:
@@ -48,13 +53,19 @@ class Sinks:
             for name, result in results.items()
         }
         record: Record = {"step": step, "sets": sets}
-        with _telling(record):
+        with self._telling(record):
             self.evaluations.write(record)
 
-
-@contextlib.contextmanager
-def _telling(record: Record) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"metrics of step {record['step']} cannot be written: {error.strerror}") from None
+    @contextlib.contextmanager
+    def _telling(self, record: Record) -> Iterator[None]:
+        """A disk without room is a warning, once until there is room again: what it does not take is kept, and written later."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise UserError(f"metrics of step {record['step']} cannot be written: {error.strerror}") from None
+            if not self._full:
+                self._say(f"warning: metrics from step {record['step']} on wait for room: {error.strerror}")
+            self._full = True
+        else:
+            self._full = False

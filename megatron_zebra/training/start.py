@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_zebra.checkpoint import catalog
+from megatron_zebra.checkpoint.errors import CheckpointError
 from megatron_zebra.checkpoint.mirror import Mirror
 from megatron_zebra.config.sections import Config
 from megatron_zebra.convert.kept import keep, keep_tokenizer
@@ -27,12 +29,10 @@ def start(
     collective: WorldCollective,
 ) -> tuple[Progress, list[str]]:
     """Resume the run folder, or begin from ``checkpoint.load``, or from nothing."""
-    root, fetched = folder / "checkpoints", None
-    if config.checkpoint.mirror is not None:
-        fetched = Mirror(config.checkpoint.mirror).fetch_newest(root, collective)
+    root = folder / "checkpoints"
+    fetched = _fetched(config.checkpoint.mirror, root, collective)
     progress, notes = resume_state(root, config, arch, optimizer, collective)
-    if fetched is not None:
-        notes.insert(0, f"fetched {fetched} from {config.checkpoint.mirror}")
+    notes = [*fetched, *notes]
     if progress is not None:
         notes.append(f"resumed {folder} at step {progress.step}")
     elif config.checkpoint.load is not None:
@@ -58,6 +58,23 @@ def start(
             f"{expected}; keep the global batch of the steps already done"
         )
     return progress, notes
+
+
+def _fetched(mirror: str | None, root: Path, collective: WorldCollective) -> list[str]:
+    """Bring a newer checkpoint from the second home, if there is one; a line about that.
+
+    Raises:
+        UserError: that home cannot be read and there is no checkpoint here: the run might begin anew though it has one.
+    """
+    if mirror is None:
+        return []
+    try:
+        name = Mirror(mirror).fetch_newest(root, collective)
+    except CheckpointError as error:
+        if collective.all_gather(catalog.newest(root))[0] is None:
+            raise
+        return [f"warning: {error}; goes on from what is here"]
+    return [f"fetched {name} from {mirror}"] if name is not None else []
 
 
 def _begin(

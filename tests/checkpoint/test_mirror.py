@@ -108,3 +108,13 @@ def test_a_lost_folder_comes_back_whole(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "run")
     assert down(tmp_path / "run", url, 4) == ["step-00000007"] * 4
     assert content_of(tmp_path / "run" / "step-00000007") == 7
+
+
+def test_what_was_just_copied_stays_though_there_are_later_ones(tmp_path: Path) -> None:
+    """A run that went back behind a damaged checkpoint, whose copy is there yet."""
+    url = f"file://{tmp_path}/away"
+    up(tmp_path / "run", url, 9, keep_last=1)
+    up(tmp_path / "back", url, 5, keep_last=1)
+    assert [entry.step for entry in Mirror(url)._entries()] == [5, 9]
+    up(tmp_path / "back", url, 10, keep_last=1)
+    assert [entry.step for entry in Mirror(url)._entries()] == [10]

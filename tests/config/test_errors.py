@@ -57,6 +57,7 @@ SINGLE = [
     ("training.lora.targets", ["q"], "[0] = 'q': must be 'q_proj', 'k_proj'"),
     ("training.distill.weight", 1.5, "= 1.5: must be less than or equal to 1"),
     ("training.recompute", "some", "= 'some': must be 'none', 'attention' or 'full'"),
+    ("checkpoint.mirror", "", "= '': must not be empty"),
     ("data.split", [1.0], "= [1.0]: must have at least 3 values"),
     ("data.split", [1.0, -1.0, 0.0], "[1] = -1.0: must be greater than or equal to 0"),
     ("data.valid", [""], "[0].prefix = '': must not be empty"),
@@ -333,7 +334,7 @@ def test_no_file_and_a_folder(tmp_path: Path) -> None:
     "words",
     [
         ["foo"], ["-x"], ["--"], ["--."], ["--model..x", "3"], ["--training.steps"], ["--training.steps", "--dry-run"],
-        ["--config"], ["--dry-run=3"], ["--world-size", "0"], ["--world-size", "²"], ["--world-size", "two"],
+        ["--config"], ["--dry-run=3"], ["--world-size", "0"], ["--world-size", "²"], ["--world-size", "two"], ["--world-size", "9999999"],
         ["--world-size", "9" * 5000], ["--deepspeed.x", "[1"], ["--data.train", "{"], ["--training.steps", "!!x 3"],
     ],
 )  # fmt: skip

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_zebra.errors import UserError
 from megatron_zebra.launching import with_deepspeed
+from megatron_zebra.launching.with_deepspeed import Nodes
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN, DEEPSPEED = "launch/torchrun.sh", "launch/deepspeed/train.sh"
@@ -74,6 +76,12 @@ def test_stopped_under_torchrun_and_ended_under_deepspeed(tmp_path: Path) -> Non
         (TORCHRUN, ["--nproc-per-node", "3", *DEBUG], "training.global_batch_size = 8: must be a multiple of"),
         (TORCHRUN, ["--nnodes", "2", *DEBUG], "--rdzv-endpoint HOST[:PORT]: must name one of the 2 nodes"),
         (TORCHRUN, ["--nnodes", "two", *DEBUG], "--nnodes two: must be a whole number from 1, or MIN:MAX"),
+        (
+            TORCHRUN,
+            ["--rdzv-endpoint", "a:70000", *DEBUG],
+            "--rdzv-endpoint a:70000: must be HOST or HOST:PORT, a port",
+        ),
+        (TORCHRUN, ["--rdzv-endpoint", "a:0", *DEBUG], "--rdzv-endpoint a:0: must be HOST or HOST:PORT, a port from 1"),
         (TORCHRUN, ["--nproc-per-node", "2"], "--config FILE is missing"),
         (DEEPSPEED, ["--num_gpus", "3", *DEBUG], "training.global_batch_size = 8: must be a multiple of"),
     ],
@@ -90,9 +98,77 @@ def test_a_mistake_is_one_line_and_no_process(tmp_path: Path, script: str, words
 
 def test_deepspeed_counts_the_slots_of_its_hostfile(tmp_path: Path) -> None:
     hostfile = str(ROOT / "launch/deepspeed/hostfile.example")
-    assert with_deepspeed.world_size(["--hostfile", hostfile]) == 16
-    assert with_deepspeed.world_size(["--hostfile", hostfile, "--include", "node-2:0,1,2"]) == 3
-    assert with_deepspeed.world_size(["--hostfile", hostfile, "--num_nodes", "1", "--num_gpus", "4"]) == 4
+    chosen = with_deepspeed.chosen_nodes
+    assert chosen(["--hostfile", hostfile]) == Nodes(16, pdsh=True)
+    assert chosen(["--hostfile", hostfile, "--include", "node-2:0,1,2"]) == Nodes(3, pdsh=False)
+    assert chosen(["--hostfile", hostfile, "--num_nodes", "1", "--num_gpus", "4"]) == Nodes(4, pdsh=False)
+    assert chosen(["--hostfile", hostfile, "--launcher", "openmpi"]) == Nodes(16, pdsh=False)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "words", "error"),
+    [
+        (None, [], "--hostfile {file}: must be a file"),
+        ("a slots=2\nb slots=2", ["--num_nodes", "3"], "--num_nodes 3: must be at most the 2 of --hostfile"),
+        ("a slots=0", [], "deepspeed: there is no GPU to use"),
+        ("a 2", [], "deepspeed: Hostfile contains a bad entry: a 2"),
+        ("a slots=2\na slots=2", [], "deepspeed: Hostfile contains multiple entries for a"),
+        ("", [], "deepspeed: Hostfile is empty"),
+        ("a slots=2", ["--include", "b"], "deepspeed: Hostname 'b' not found in hostfile"),
+    ],
+)
+def test_a_mistake_in_the_hostfile_is_one_line(
+    tmp_path: Path, hosts: str | None, words: list[str], error: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "hostfile"
+    if hosts is not None:
+        file.write_text(hosts)
+    with pytest.raises(UserError, match=f"^{re.escape(error.format(file=file))}"):
+        with_deepspeed.chosen_nodes(["--hostfile", str(file), *words])
+    assert capfd.readouterr() == ("", "")
+
+
+def by_deepspeed(folder: Path, ssh: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """The launcher over two nodes: a fake pdsh runs the first one's words in a shell here, as ssh does; ``%n`` is its number."""
+    pdsh = 'while [ "$1" != -w ]; do shift; done; shift 2; command="$*"; exec bash -c "${command//%n/0}"'
+    for name, text in (("pdsh", pdsh), ("ssh", ssh)):
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    (folder / "hostfile").write_text("node-a slots=1\nnode-b slots=1\n")
+    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PRINTING, "--hostfile", str(folder / "hostfile"), "--max-restarts", "2", *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_words_reach_the_nodes_of_deepspeed_as_they_are(tmp_path: Path) -> None:
+    run_dir = tmp_path / "it's a {run,dir} of 100%n $HOME"
+    words = [*DEBUG, "--logging.run_dir", str(run_dir), "--data.valid=[{prefix: 'no \"such\" file',name: é}]"]
+    done = by_deepspeed(tmp_path, "echo 127.0.0.1", "--no-check", *words)
+    logs = list(run_dir.glob("logs/deepspeed/*_rank0.log"))
+    assert [log.read_text() for log in logs] == [f"{words}\n"], done.stdout + done.stderr
+
+
+def test_a_node_that_deepspeed_cannot_reach_is_one_line_and_not_tried_again(tmp_path: Path) -> None:
+    done = by_deepspeed(tmp_path, "exit 255", *DEBUG, "--logging.run_dir", str(tmp_path / "run"))
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: deepspeed: Using hostfile at ")
+    assert "host=node-a was not reachable via ssh" in line
+
+
+# The launcher as it is, without its dry run and with a module in the training's place that prints its words.
+PRINTING = """
+import sys
+from megatron_zebra.launching import command, with_deepspeed
+from megatron_zebra.config import load
+from pathlib import Path
+def rehearsed(words, sizes):
+    line = load.parse_words(words)
+    return command.Training(words, load.load_config(line.config, line.overrides), Path(line.overrides["logging.run_dir"]))
+with_deepspeed.rehearsed, with_deepspeed.TRAINING = rehearsed, "tests.launching.printing"
+with_deepspeed.main()
+"""
 
 
 def test_errors_of_deepspeeds_processes_are_told_once(tmp_path: Path) -> None:

@@ -144,3 +144,13 @@ def test_slurm_away_from_the_checkout(tmp_path: Path) -> None:
     assert job.wait(20) == 2
     assert job.stdout is not None
     assert job.stdout.read() == f"error: {tmp_path} is not the checkout; submit from there, or set ZEBRA_ROOT\n"
+
+
+def test_without_slurm(tmp_path: Path) -> None:
+    slurm = Slurm(tmp_path, "true")
+    slurm.environment = {name: value for name, value in slurm.environment.items() if not name.startswith("SLURM_")}
+    job = slurm.start("--config", "my.yaml")
+    assert job.wait(20) == 2
+    assert job.stdout is not None
+    (line,) = job.stdout.read().splitlines()
+    assert line.startswith("error: this is no job of Slurm; submit it: sbatch")

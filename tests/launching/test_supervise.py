@@ -13,6 +13,7 @@ import pytest
 
 from megatron_zebra.launching import supervise as module
 from megatron_zebra.launching.supervise import AGAIN, DONE, FAILED, LOST, MISTAKE, Node0, supervise
+from megatron_zebra.launching.with_deepspeed import RETRY
 
 
 def launcher(folder: Path, trap: str, then: str = "exit $?") -> list[str]:
@@ -65,13 +66,14 @@ def test_restarts(tmp_path: Path, retry: range, restarts: int, starts: int) -> N
     assert code == (DONE if starts == 4 else FAILED)
 
 
-def test_a_mistake_of_the_user_is_not_tried_again_by_torchrun(tmp_path: Path) -> None:
+@pytest.mark.parametrize("retry", [{LOST}, RETRY], ids=["torchrun", "deepspeed"])
+def test_a_mistake_of_the_user_is_not_tried_again(tmp_path: Path, retry: set[int]) -> None:
     script = f"echo >> {tmp_path}/starts; exit 2"
-    assert supervise(lambda: ["bash", "-c", script], 5, {LOST}, lambda: False) == MISTAKE
+    assert supervise(lambda: ["bash", "-c", script], 5, retry, lambda: False) == MISTAKE
     assert (tmp_path / "starts").read_text() == "\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize(("finished", "expected"), [(False, AGAIN), (True, DONE)])
 def test_a_signal_reaches_the_rank_as_sigterm(tmp_path: Path, number: int, finished: bool, expected: int) -> None:
     sender = signal_when((tmp_path / "up").exists, number)
@@ -79,6 +81,16 @@ def test_a_signal_reaches_the_rank_as_sigterm(tmp_path: Path, number: int, finis
     sender.join()
     assert code == expected
     assert (tmp_path / "saved").exists()
+
+
+def test_what_nohup_starts_outlives_its_terminal(tmp_path: Path) -> None:
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    sender = signal_when((tmp_path / "up").exists, signal.SIGHUP)
+    try:
+        assert supervise(lambda: ["bash", "-c", f"touch {tmp_path}/up; sleep 1"], 0, {1}, lambda: True) == DONE
+    finally:
+        sender.join()
+        signal.signal(signal.SIGHUP, former)
 
 
 def test_a_rank_that_dies_of_the_signal_is_not_started_again(tmp_path: Path) -> None:

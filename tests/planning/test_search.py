@@ -1,5 +1,7 @@
 """A search finds every layout, gives a reason for each it leaves out, and ranks the rest."""
 
+from typing import Any
+
 import pytest
 
 from megatron_zebra.config.check import problems
@@ -49,3 +51,23 @@ def test_a_zebra_gains_with_length() -> None:
     assert 2.5 < gains[-1] < 4  # L = 4
     assert all(zebra.time.tokens == 65536 or length > 65536 for length, (zebra, _) in found.items())
     assert all(zebra.memory.total == pytest.approx(full.memory.total, rel=0.01) for zebra, full in found.values())
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"training__recompute": "none", "parallel__pp_schedule": "interleaved"},
+        {"evaluation__tasks": [{"task": "retrieval", "interval": 10}]},
+        {"training__lora": {"rank": 8}, "optimizer__offload": True},
+    ],
+    ids=["interleaved", "evaluation tasks", "adapters"],
+)
+def test_training_takes_what_is_ranked_as_it_was_judged(more: dict[str, Any]) -> None:
+    config, arch = opened(BILLION, training__global_batch_size=24, **({"data__sequence_length": 32768} | more))
+    small = Machine(H200.device.__class__(**vars(H200.device) | {"memory_bytes": 16 * 2**30}))
+    plans, _ = search(arch, config, 12, small)
+    assert plans
+    for found in plans:
+        assert not problems(found.config, 12)
+        again = plan(arch, found.config, 12, small)
+        assert (again.stages, again.time, again.memory) == (found.stages, found.time, found.memory)

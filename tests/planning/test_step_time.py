@@ -89,3 +89,20 @@ def test_a_group_within_a_node_has_its_links_and_one_beyond_the_network() -> Non
     assert rate("pp", layout, machine) == 50e9
     assert rate("data", layout, machine) == 100e9  # 0, 4 here feed the network together
     assert rate("cp local", Layout(cp=2, tp=4), machine) == 450e9
+
+
+def test_the_slowest_group_counts() -> None:
+    """tp 5 on nodes of 8: ranks 0-4 are on one node, 5-9 are not."""
+    assert rate("tp", Layout(dp=8, tp=5), replace(H200, network=10e9)) == 10e9  # 5-9: three here, two there; 35-39: 5
+    assert rate("tp", Layout(dp=8, tp=4), H200) == 450e9
+    assert rate("cp global", Layout(dp=4, cp=3), H200) == 50e9  # 6, 7, 8
+    assert rate("data", Layout(pp=2, dp=12), replace(H200, network=10e9)) == 40e9  # 8-11 are four
+
+
+def test_contiguous_order_waits_for_the_last_rank() -> None:
+    """Of 4 ranks the last has 1 - (3/4)^2 = 7/16 of a global layer's pairs, in zigzag order each a quarter."""
+    zigzag, contiguous = (
+        timed(BILLION, 4, model__layer_group_size=1, parallel__cp=4, parallel__cp_order=order).parts["attention"]
+        for order in ("zigzag", "contiguous")
+    )
+    assert contiguous / zigzag == pytest.approx(7 / 4, rel=0.01)

@@ -44,11 +44,20 @@ def test_a_layout_by_length_and_its_picture(tmp_path: Path) -> None:
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_is_left_out_is_said() -> None:
+    words = ["--config", "launch/recipes/adapt-llama3-8b-1m.yaml", "--gpus", "64", "--gpu", "h100"]
+    assert "the teacher" not in run(*words).stdout
+    assert "  the teacher big is left out" in run(*words, "--training.distill.teacher", "big").stdout
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         (["--gpus", "512", "--gpu", "h1000"], "--gpu h1000: is not known (allowed: gb300, "),
         (["--gpus", "0", "--gpu", "h100"], "--gpus 0: must be above 0"),
+        (["--gpus", "1000000000000", "--gpu", "h100", "--search"], "--gpus 1000000000000: must be at most "),
+        (["--gpus", "512", "--gpu", "h100", "--tokens", "-1"], "--tokens -1.0: must be above 0"),
+        (["--gpus", "512", "--gpu", "h100", "--network", "nan"], "--network nan: must be above 0"),
         (["--gpus", "100", "--gpu", "h100"], "parallel.tp x cp x pp = 8 x 4 x 4 = 128: must divide the 100 processes"),
         (["--gpus", "512", "--gpu", "h100", "--parallel.tpp", "2"], "parallel.tpp: "),
         (["--gpus", "512", "--gpu", "h100", "--model.vocab_size", "null"], "model.vocab_size = null: must be given"),

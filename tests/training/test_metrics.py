@@ -1,11 +1,13 @@
 """metrics.jsonl, TensorBoard and wandb: every step once, in order, over a resume."""
 
+import errno
 import json
 import math
 import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -45,17 +47,36 @@ def test_a_resume_keeps_whole_lines_up_to_its_step(tmp_path: Path, tail: str) ->
         assert steps(path) == [*kept, restored + 1]
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    sinks = Sinks(small(), tmp_path, 0, True)
-    with open("/dev/full", "ab") as full, sinks:
-        sinks.outputs[0]._file = full  # type: ignore[attr-defined]
-        with pytest.raises(UserError, match="metrics of step 1 cannot be written: No space left on device"):
-            sinks.write({"step": 1})
-        sinks.__exit__()  # has the rest of the line to write, and no room
+def test_a_full_disk_is_a_warning_and_what_waited_is_written(tmp_path: Path) -> None:
+    said: list[str] = []
+    with open("/dev/full", "ab", buffering=0) as full, Sinks(small(), tmp_path, 0, True, said.append) as sinks:
+        (metrics,) = sinks.outputs
+        disk, metrics._file = metrics._file, full  # type: ignore[attr-defined]
+        sinks.write({"step": 1})
+        sinks.write({"step": 2})
+        metrics._file = disk  # type: ignore[attr-defined]
+        sinks.write({"step": 3})
+        metrics._file = full  # type: ignore[attr-defined]
+        sinks.write({"step": 4})
+    left = "wait for room: No space left on device"
+    assert said == [f"warning: metrics from step {step} on {left}" for step in (1, 4)]
+    assert steps(tmp_path / "metrics.jsonl") == [1, 2, 3]
+    disk.close()
+
+
+def test_another_fault_of_the_disk_is_one_line(tmp_path: Path) -> None:
+    error = OSError(errno.EIO, "Input/output error")
+    told = pytest.raises(UserError, match="metrics of step 1 cannot be written: Input/output error")
+    with (
+        Sinks(small(), tmp_path, 0, True, print) as sinks,
+        patch.object(MetricsFile, "_write", side_effect=error),
+        told,
+    ):
+        sinks.write({"step": 1})
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    with Sinks(small(logging__tensorboard=True), tmp_path, 0, False) as sinks:
+    with Sinks(small(logging__tensorboard=True), tmp_path, 0, False, print) as sinks:
         sinks.write({"step": 1})
     assert not list(tmp_path.iterdir())
 

@@ -9,11 +9,12 @@ from unittest.mock import patch
 import pytest
 
 from megatron_zebra.checkpoint import files
+from megatron_zebra.checkpoint.mirror import Mirror
 from megatron_zebra.checkpoint.reader import open_checkpoint
 from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.planning.memory import saved_bytes
 from megatron_zebra.planning.stages import Stages
-from megatron_zebra.training import loop
+from megatron_zebra.training import loop, saver
 from megatron_zebra.training.console import Console
 from tests.training.cases import opened, small
 from tests.training.runs import Seen, curve, metrics, run
@@ -117,10 +118,50 @@ def test_a_second_home_out_of_reach_is_a_warning(run_distributed: Any, tmp_path:
     assert len([line for line in said if line.startswith("saved ") and "warning: copying step-" in line]) == 3
 
 
-def hearing(grid: Grid, folder: Path, overrides: dict[str, Any]) -> tuple[Seen, list[str]]:
+def test_a_second_home_that_cannot_be_read_stops_only_who_has_nothing_else(
+    run_distributed: Any, tmp_path: Path
+) -> None:
+    settings = QUICK | {"checkpoint__interval": 2, "checkpoint__mirror": f"file://{tmp_path}/away"}
+    run_distributed(run, 1, tmp_path / "run", settings, 6)  # ends in step 6
+    (outcome,) = run_distributed(without_network, 1, tmp_path / "run", settings)
+    seen, said = outcome
+    assert seen.error is None
+    assert [line for line in said if "ConnectionError: no route; goes on from what is here" in line]
+    assert len(metrics(tmp_path / "run")) == 6
+    (outcome,) = run_distributed(without_network, 1, tmp_path / "new", settings)
+    assert "ConnectionError: no route" in str(outcome[0].error)
+
+
+def without_network(grid: Grid, folder: Path, overrides: dict[str, Any]) -> tuple[Seen, list[str]]:
+    with patch.object(Mirror, "_entries", side_effect=ConnectionError("no route")):
+        return hearing(grid, folder, overrides)
+
+
+def test_a_save_that_a_failing_run_gives_up_is_told(run_distributed: Any, tmp_path: Path) -> None:
+    (outcome,) = run_distributed(failing_in_a_save, 1, tmp_path, QUICK | {"checkpoint__interval": 2})
+    assert [line for line in outcome[1] if line.startswith("warning: step 2 was not saved: not within 0.1 s")]
+
+
+def failing_in_a_save(grid: Grid, folder: Path, overrides: dict[str, Any]) -> tuple[Seen, list[str]]:
+    """The disk takes longer than a run waits that fails in step 4."""
+    given_up = threading.Event()
+    write = files.write
+
+    def waiting(*args: Any) -> None:
+        given_up.wait(20)
+        write(*args)
+
+    try:
+        with patch.object(files, "write", waiting), patch.object(saver, "PATIENCE", 0.1):
+            return hearing(grid, folder, overrides, 4)
+    finally:
+        given_up.set()
+
+
+def hearing(grid: Grid, folder: Path, overrides: dict[str, Any], crash_at: int | None = None) -> tuple[Seen, list[str]]:
     said: list[str] = []
     with patch.object(Console, "say", lambda self, text: said.append(text)):
-        return run(grid, folder, overrides), said
+        return run(grid, folder, overrides, crash_at), said
 
 
 def test_too_much_time_in_saves_is_warned_of_once(run_distributed: Any, tmp_path: Path) -> None:
