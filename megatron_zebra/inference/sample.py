@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+_MOST = 1e30  # of a penalised score: no infinity, whatever the penalty
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -46,7 +48,8 @@ def next_tokens(
     scores = logits.float()
     if sampling.repetition_penalty != 1.0 and seen is not None:
         penalty = sampling.repetition_penalty
-        scores = torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+        penalised = torch.where(scores > 0, scores / penalty, scores * penalty)
+        scores = torch.where(seen, penalised.clamp(-_MOST, _MOST), scores)
     if sampling.temperature == 0:
         return scores.argmax(-1)
     return torch.multinomial(probabilities(scores, sampling), 1, generator=generator)[:, 0]
@@ -54,7 +57,7 @@ def next_tokens(
 
 def probabilities(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """[B, V], summing to 1, of what the limits leave."""
-    scores = scores / sampling.temperature
+    scores = (scores - scores.amax(-1, keepdim=True)) / sampling.temperature  # the best is 0, however low the temperature
     if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:
         least = scores.topk(sampling.top_k, -1).values[:, -1:]
         scores = scores.masked_fill(scores < least, float("-inf"))

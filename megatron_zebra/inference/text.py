@@ -35,11 +35,11 @@ class Streamed:
 
     def rest(self) -> str:
         """What was held back, at the end of the sequence."""
-        text = self.tokenizer.decode(self.ids[self.before :])[
-            len(self.tokenizer.decode(self.ids[self.before : self.read])) :
-        ]
-        self.held, told = "", "" if self.stopped else self.held + text
-        return told
+        if self.stopped:
+            return ""
+        context = self.tokenizer.decode(self.ids[self.before : self.read])
+        self.held += self.tokenizer.decode(self.ids[self.before :])[len(context) :]
+        return self._certain() + self.held
 
     def _certain(self) -> str:
         found = [at for at in (self.held.find(stop) for stop in self.stops) if at >= 0]

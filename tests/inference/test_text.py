@@ -46,3 +46,13 @@ def test_nothing_of_a_stop_string_is_shown(text: str, stops: list[str]) -> None:
 def test_a_stop_string_never_met_loses_nothing(text: str) -> None:
     parts, stream = streamed(text, ["abd", "bcc"])
     assert "".join(parts) + stream.rest() == text
+
+
+def test_a_stop_string_before_half_a_character_is_met_at_the_end() -> None:
+    class Halves(Bytes):
+        def decode(self, ids: Sequence[int]) -> str:
+            return b"".join(b"END\xe2" if one == 0 else bytes([one]) for one in ids).decode(errors="replace")
+
+    stream = Streamed(Halves(), [97], ["END"])  # type: ignore[arg-type]
+    assert [stream.add(98), stream.add(0), stream.rest()] == ["b", "", ""]
+    assert stream.stopped
