@@ -48,7 +48,9 @@ def test_a_seed_repeats_and_another_differs() -> None:
     assert not torch.equal(drawn[0], drawn[2])
 
 
-@pytest.mark.parametrize("limits", [{"temperature": 1e-45}, {"repetition_penalty": 1e-300}, {"repetition_penalty": 1e300}])
+@pytest.mark.parametrize(
+    "limits", [{"temperature": 1e-45}, {"repetition_penalty": 1e-300}, {"repetition_penalty": 1e300}]
+)
 def test_the_ends_of_what_is_allowed_still_draw(limits: dict[str, float]) -> None:
     scores = torch.tensor([[3.0, 2.0, -1.0], [-3.0, -2.0, -1.0]])
     for sampling in (Sampling(**limits), Sampling(**limits, top_k=1), Sampling(**limits, top_p=0.5, min_p=1.0)):
