@@ -57,7 +57,9 @@ def next_tokens(
 
 def probabilities(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """[B, V], summing to 1, of what the limits leave."""
-    scores = (scores - scores.amax(-1, keepdim=True)) / sampling.temperature  # the best is 0, however low the temperature
+    scores = (
+        scores - scores.amax(-1, keepdim=True)
+    ) / sampling.temperature  # the best is 0, however low the temperature
     if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:
         least = scores.topk(sampling.top_k, -1).values[:, -1:]
         scores = scores.masked_fill(scores < least, float("-inf"))
