@@ -9,7 +9,7 @@ from megatron_zebra.attention.segments import Segments
 from megatron_zebra.errors import UserError
 from megatron_zebra.inference.cache import Cache
 from megatron_zebra.inference.packed import packed_states
-from megatron_zebra.inference.room import check_room
+from megatron_zebra.inference.room import check_logits_room, check_room
 from megatron_zebra.inference.sample import Sampling, next_tokens
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.decoder import Decoder
@@ -17,6 +17,8 @@ from megatron_zebra.parallel.group import Group
 from megatron_zebra.parallel.tensor import gather_sequence
 
 PREFILL_CHUNK = 2048
+SEEDS = 2**64  # what a generator takes is below
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
 
 Prompts = torch.Tensor | Sequence[Sequence[int]]
 
@@ -31,10 +33,15 @@ class LanguageModel:
 
     @torch.inference_mode()
     def logits(self, ids: torch.Tensor | Sequence[Sequence[int]]) -> torch.Tensor:
-        """Of every token, without a cache. ids: [B, T] -> [B, T, V]."""
+        """Of every token, without a cache. ids: [B, T] -> [B, T, V].
+
+        Raises:
+            UserError: ids that are no whole numbers of the vocabulary, or more logits than the memory holds.
+        """
         rows = self._checked(ids)
         if len({len(row) for row in rows}) > 1:
             raise ValueError("logits() takes prompts of one length")
+        check_logits_room(self.arch, self.decoder, len(rows), len(rows[0]))
         head = self.decoder.head
         assert head is not None
         return torch.stack([head.logits(packed_states(self.decoder, [row.to(self.device)])) for row in rows])
@@ -107,15 +114,30 @@ class LanguageModel:
     ) -> Iterator[list[int | None]]:
         """Yields one new token of each prompt at a time, None for one that has ended (its stop token is its last).
 
-        Closing the iterator ends the generation. Prompts may differ in length.
+        Closing the iterator ends the generation. Prompts may differ in length. What is wrong is told before the first token
+        is asked for.
         """
         if problem := sampling.problem():
             raise UserError(problem)
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens {max_new_tokens}: must be 1 or more")
+        for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
+            if value < 1:
+                raise UserError(f"{name} {value}: must be 1 or more")
+        if not 0 <= seed < SEEDS:
+            raise UserError(f"seed {seed}: must be from 0 to 2**64 - 1")
         prompts = self._checked(ids)
         check_room(self.arch, self.decoder, [len(prompt) + max_new_tokens for prompt in prompts], self.tp.size)
         generator = torch.Generator(self.device).manual_seed(seed)
+        return self._steps(prompts, max_new_tokens, sampling, generator, stop_tokens, prefill_chunk)
+
+    def _steps(
+        self,
+        prompts: list[torch.Tensor],
+        max_new_tokens: int,
+        sampling: Sampling,
+        generator: torch.Generator,
+        stop_tokens: Sequence[int],
+        prefill_chunk: int,
+    ) -> Iterator[list[int | None]]:
         seen = None
         if sampling.repetition_penalty != 1.0:
             seen = torch.zeros(len(prompts), self.arch.vocab_size, dtype=torch.bool, device=self.device)
@@ -156,11 +178,20 @@ class LanguageModel:
         return self.decoder.head.logits(gather_sequence(states, self.tp)[at])
 
     def _checked(self, ids: Prompts) -> list[torch.Tensor]:
-        """Each prompt [T] on the host."""
-        rows = [torch.as_tensor(row, dtype=torch.int64).cpu() for row in ids]
-        for number, row in enumerate(rows):
-            if not len(row):
+        """Each prompt [T] int64 on the host."""
+        given = [torch.as_tensor(row).cpu() for row in ids]
+        if not given:
+            raise UserError("there is no prompt; at least one is needed")
+        for number, row in enumerate(given):
+            if not row.numel():
                 raise UserError(f"prompt {number}: is empty; at least one token is needed")
+            if row.ndim != 1 or row.dtype not in WHOLE:
+                what = f"{str(row.dtype).removeprefix('torch.')} {list(row.shape)}"
+                raise UserError(
+                    f"prompt {number}: is {what}; must be whole numbers [T], in a batch [B, T] of one or more"
+                )
+        rows = [row.to(torch.int64) for row in given]
+        for number, row in enumerate(rows):
             low, high = row.min().item(), row.max().item()
             if low < 0 or high >= self.arch.vocab_size:
                 wrong = low if low < 0 else high

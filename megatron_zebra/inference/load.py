@@ -22,6 +22,8 @@ def load(path: str | Path, device: str = "auto", precision: str | None = None) -
         device: auto, cpu or cuda.
         precision: fp32 or bf16; None = bf16 on a GPU, fp32 on a CPU.
     """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device {device}: must be auto, cpu or cuda")
     return language_model(open_model(Path(path)), pick_device(device, 0), precision)
 
 

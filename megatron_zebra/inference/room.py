@@ -1,4 +1,4 @@
-"""Whether the KV cache fits into the memory that is free."""
+"""Whether the KV cache, or the logits of whole prompts, fit into the memory that is free."""
 
 from collections.abc import Sequence
 
@@ -31,6 +31,18 @@ def check_room(arch: Architecture, decoder: torch.nn.Module, lengths: Sequence[i
         raise UserError(
             f"{len(lengths)} sequence{'s' if len(lengths) > 1 else ''} of up to {max(lengths):,} tokens: the KV cache needs "
             f"{total / 2**30:.1f} GiB, {free / 2**30:.1f} are free; {low:,} tokens each would fit"
+        )
+
+
+def check_logits_room(arch: Architecture, decoder: torch.nn.Module, batch: int, length: int) -> None:
+    """UserError, saying what fits, if the logits of ``batch`` prompts of ``length`` tokens need more than is free."""
+    param = next(decoder.parameters())
+    free = free_bytes(param.device)
+    each = batch * arch.vocab_size * param.element_size()  # bytes of a token of every prompt
+    if free is not None and length * each > SHARE * free:
+        raise UserError(
+            f"{batch} x {length:,} tokens: their logits need {length * each / 2**30:.1f} GiB, {free / 2**30:.1f} are free; "
+            f"{int(SHARE * free) // each:,} tokens each would fit, and tools/evaluate.py logits writes any number to a file"
         )
 
 

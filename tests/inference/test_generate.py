@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+import megatron_zebra
 from benchmarks.transformers_model import transformers_cwm
 from megatron_zebra.errors import UserError
 from megatron_zebra.inference import room
@@ -51,11 +52,50 @@ def test_a_seed_repeats_and_another_differs() -> None:
 @pytest.mark.parametrize(
     "limits", [{"temperature": 1e-45}, {"repetition_penalty": 1e-300}, {"repetition_penalty": 1e300}]
 )
-def test_the_ends_of_what_is_allowed_still_draw(limits: dict[str, float]) -> None:
+def test_the_ends_of_what_is_allowed_still_draw(limits: dict[str, Any]) -> None:
     scores = torch.tensor([[3.0, 2.0, -1.0], [-3.0, -2.0, -1.0]])
     for sampling in (Sampling(**limits), Sampling(**limits, top_k=1), Sampling(**limits, top_p=0.5, min_p=1.0)):
         assert next_tokens(scores, sampling, torch.ones(2, 3, dtype=torch.bool)).max() < 3
     assert next_tokens(scores, Sampling(temperature=1e-45)).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("ids", "line"),
+    [
+        ([], "there is no prompt"),
+        (torch.zeros(0, 3, dtype=torch.int64), "there is no prompt"),
+        ([[]], "prompt 0: is empty"),
+        ([1, 2], r"prompt 0: is int64 \[\]; must be whole numbers \[T\]"),
+        (torch.zeros(1, 2, 3, dtype=torch.int64), r"prompt 0: is int64 \[2, 3\]"),
+        (torch.tensor([[1.7, 2.0]]), r"prompt 0: is float32 \[2\]"),
+        ([[True]], r"prompt 0: is bool \[1\]"),
+        ([[1], [-1]], "prompt 1: token -1 is outside the vocabulary"),
+    ],
+)
+def test_ids_that_are_none_are_told(ids: Any, line: str) -> None:
+    asked = model()
+    with pytest.raises(UserError, match=line):
+        asked.generate(ids, 2)
+    with pytest.raises(UserError, match=line):
+        asked.logits(ids)
+
+
+@pytest.mark.parametrize("wrong", [{"seed": 2**64}, {"seed": -1}, {"prefill_chunk": 0}, {"max_new_tokens": 0}])
+def test_what_is_wrong_is_told_before_a_token_is_asked_for(wrong: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(wrong))} {next(iter(wrong.values()))}: must be"):
+        model().stream([[1]], **{"max_new_tokens": 1, "sampling": Sampling(0.0), **wrong})  # type: ignore[arg-type]
+
+
+def test_a_device_of_another_name_is_no_silent_cpu() -> None:
+    with pytest.raises(UserError, match="device cuda:0: must be auto, cpu or cuda"):
+        megatron_zebra.load("none", device="cuda:0")
+
+
+def test_logits_beyond_the_memory_say_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "free_bytes", lambda device: 97 * 4 * 100)
+    assert model().logits([[1] * 90]).shape == (1, 90, 97)
+    with pytest.raises(UserError, match=r"2 x 90 tokens: their logits need .* 45 tokens each would fit"):
+        model().logits([[1] * 90] * 2)
 
 
 def test_limits_leave_the_right_tokens() -> None:
