@@ -6,7 +6,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -73,6 +73,15 @@ def test_a_mistake_of_the_user_is_not_tried_again(tmp_path: Path, retry: set[int
     assert (tmp_path / "starts").read_text() == "\n"
 
 
+@pytest.fixture
+def no_nohup() -> Iterator[None]:
+    """As if the tests were not started with nohup."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, former)
+
+
+@pytest.mark.usefixtures("no_nohup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize(("finished", "expected"), [(False, AGAIN), (True, DONE)])
 def test_a_signal_reaches_the_rank_as_sigterm(tmp_path: Path, number: int, finished: bool, expected: int) -> None:
