@@ -60,10 +60,17 @@ def tell(error: UserError) -> None:
 
 
 def run_tool(main: Callable[[], None]) -> None:
-    """Run a command line's ``main``; a UserError becomes one line on stderr and its exit code."""
+    """Run a command line's ``main``; a UserError becomes one line on stderr and its exit code.
+
+    Where nobody reads the output any more (``| head``), it ends as a program that SIGPIPE has ended: with 141.
+    """
     try:
         with naming_files():
             main()
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere, without a complaint
+        sys.exit(141)
     except UserError as error:
         tell(error)
         sys.exit(error.code)

@@ -1,5 +1,8 @@
 """What a user is told is one line, whatever it quotes."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,3 +31,12 @@ def test_the_system_s_complaint_about_a_file_is_one_line(capsys: pytest.CaptureF
     assert capsys.readouterr().err == f"error: {'x' * 200}: File name too long\n"
     with pytest.raises(BrokenPipeError), naming_files():
         raise BrokenPipeError  # about no file
+
+
+def test_output_that_nobody_reads_ends_a_tool_as_sigpipe_does() -> None:
+    program = "from megatron_zebra.errors import run_tool; run_tool(lambda: print('x' * 10**6, '\\n'))"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

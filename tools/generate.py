@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--prompt", action="append", metavar="TEXT", help="once for each text to go on from")
     what.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file as the prompt")
     what.add_argument("--chat", action="store_true", help="talk, with the tokenizer's template; an empty line ends it")
+    top.add_argument("--chat-template", type=Path, metavar="FILE", help="--chat: a Jinja template instead of that one")
     top.add_argument("--system", metavar="TEXT", help="--chat: the system's message")
     top.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most (default: 256)")
     top.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 = the likeliest token (default)")
@@ -50,6 +51,9 @@ def main() -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be 1 or more")
     if "" in arguments.stop:
         raise UserError("--stop: must not be empty")
+    for name in ("chat_template", "system"):
+        if getattr(arguments, name) is not None and not arguments.chat:
+            raise UserError(f"--{name.replace('_', '-')}: is for a talk; give --chat too")
 
     from megatron_zebra.convert.source import open_model
     from megatron_zebra.inference.load import language_model, tokenizer_of
@@ -81,7 +85,7 @@ def main() -> None:
 
 
 class _Asked:
-    """The model, its tokenizer, and how it is asked."""
+    """The model, its tokenizer, and how it is asked. A text ends with any of ``stop_ids``."""
 
     def __init__(self, arguments: argparse.Namespace, source: Any, model: Any, tokenizer: Any, sampling: Any) -> None:
         from megatron_zebra.inference.load import stop_ids
@@ -89,8 +93,9 @@ class _Asked:
         self.arguments, self.model, self.tokenizer, self.sampling = arguments, model, tokenizer, sampling
         self.stop_ids = stop_ids(source, tokenizer)
 
-    def stream(self, prompts: list[list[int]]) -> Iterator[tuple[int, str]]:
-        """(number of the prompt, text that goes on from it), as it comes."""
+    def stream(self, prompts: list[list[int]]) -> tuple[list[Any], Iterator[tuple[int, str]]]:
+        """What each prompt's text has come to, and (number of the prompt, text that goes on from it) as it comes. What is
+        wrong is told at once."""
         from megatron_zebra.inference.text import Streamed
 
         arguments = self.arguments
@@ -103,7 +108,10 @@ class _Asked:
             tuple(self.stop_ids),
             arguments.prefill_chunk,
         )
-        ended = [False] * len(prompts)
+        return texts, self._told(steps, texts)
+
+    def _told(self, steps: Any, texts: list[Any]) -> Iterator[tuple[int, str]]:
+        ended = [False] * len(texts)
         for step in steps:
             for number, token in enumerate(step):
                 if token is not None and not ended[number]:
@@ -123,9 +131,10 @@ def _complete(arguments: argparse.Namespace, asked: _Asked, tell: bool) -> None:
         if not prompt:
             raise UserError(f"--prompt {text!r}: is empty; at least one token is needed")
     whole = [""] * len(texts)
+    streamed, coming = asked.stream(prompts)
     if len(texts) == 1 and tell:
         print(texts[0], end="", flush=True)
-    for number, text in asked.stream(prompts):
+    for number, text in coming:
         whole[number] += text
         if len(texts) == 1 and tell:
             print(text, end="", flush=True)
@@ -134,13 +143,19 @@ def _complete(arguments: argparse.Namespace, asked: _Asked, tell: bool) -> None:
         if len(texts) > 1:
             for number, (text, more) in enumerate(zip(texts, whole)):
                 print(f"== {number}\n{text}{more}")
+        missed = sum(not text.stopped for text in streamed)
+        if arguments.stop and missed:
+            where = f" in {missed} of {len(texts)} texts" if len(texts) > 1 else ""
+            what = f"the model's own end or after {arguments.max_new_tokens} tokens (--max-new-tokens)"
+            print(f"warning: --stop: none was met{where}; ended at {what}", file=sys.stderr)
 
 
 def _chat(arguments: argparse.Namespace, asked: _Asked, place: Path) -> None:
     from megatron_zebra.data.chat import Message
     from megatron_zebra.data.chat_template import ChatTemplate
 
-    template = ChatTemplate(place)
+    template = ChatTemplate(place, arguments.chat_template)
+    asked.stop_ids |= template.end_of_turn()
     messages: list[Message] = []
     if arguments.system:
         messages.append({"role": "system", "content": arguments.system})
@@ -153,7 +168,7 @@ def _chat(arguments: argparse.Namespace, asked: _Asked, place: Path) -> None:
             return
         messages.append({"role": "user", "content": said})
         answer = ""
-        for _, text in asked.stream([template.prompt(messages, "this conversation")]):
+        for _, text in asked.stream([template.prompt(messages, "this conversation")])[1]:
             answer += text
             print(text, end="", flush=True)
         print()

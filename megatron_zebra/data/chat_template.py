@@ -101,6 +101,15 @@ class ChatTemplate:
             raise UserError(f"{self.name} does not show a question and its answer as they are given")
         return before, middle
 
+    def end_of_turn(self) -> set[int]:
+        """The special token with which an assistant's turn ends; none if the template has none there."""
+        answer = "ANSWER-4517"
+        messages = [{"role": "user", "content": "QUESTION-4517"}, {"role": "assistant", "content": answer}]
+        after = self._render(messages, "a question and its answer")[0].rpartition(answer)[2].lstrip()
+        found = self._special.match(after)
+        token = self._model.token_to_id(found[0]) if found else None
+        return set() if token is None else {token}
+
     def special_in(self, text: str) -> str | None:
         """The first special token that a text spells out, which no message may."""
         found = self._special.search(text)

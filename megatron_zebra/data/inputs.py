@@ -76,7 +76,7 @@ def find_files(paths: list[Path], options: InputOptions) -> list[InputFile]:
         elif path.is_file():
             files.append(path)
         else:
-            raise UserError(f"{path}: no such file or folder; --input takes files and folders")
+            raise UserError(f"{path}: no such file or folder")
     return [_describe(path, options) for path in files]
 
 

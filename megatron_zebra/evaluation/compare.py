@@ -1,7 +1,6 @@
 """Results of several models side by side. Imports no torch."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,9 @@ import numpy as np
 
 from megatron_zebra.errors import UserError
 from megatron_zebra.evaluation.tasks import answers, harness, perplexity, retrieval
-from megatron_zebra.report.run import ByPosition, read_by_position, read_metrics
+from megatron_zebra.report.run import ByPosition, newest_results, read_by_position, read_metrics
 
 KINDS: dict[str, Any] = {"perplexity": perplexity, "answers": answers, "retrieval": retrieval, "harness": harness}
-_STEP = re.compile(r"^(.*)-step-(\d+)$")  # a result of training, as evaluation.tasks writes it
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ def read_results(path: Path, title: str) -> Results:
     positions: dict[str, ByPosition] = {}
     if (path / "metrics.jsonl").is_file():
         numbers |= _of_training(path / "metrics.jsonl")
-    for name, file in _newest(path / "evaluation").items():
+    for name, (file, _) in newest_results(path / "evaluation").items():
         document = _document(file)
         numbers |= _named(name, file, document)
         positions |= _positions(file, document)
@@ -76,17 +74,6 @@ def curves(results: Sequence[Results]) -> dict[str, ByPosition]:
         for one in results
         for name, values in one.positions.items()
     }
-
-
-def _newest(folder: Path) -> dict[str, Path]:
-    """The results of a folder by name; a plain one goes before those of training's steps."""
-    found: dict[str, tuple[float, Path]] = {}
-    for file in sorted(folder.glob("*.json")):
-        step = _STEP.match(file.stem)
-        name, rank = (step[1], float(step[2])) if step else (file.stem, float("inf"))
-        if name not in found or rank > found[name][0]:
-            found[name] = rank, file
-    return {name: file for name, (_, file) in found.items()}
 
 
 def _document(file: Path) -> dict[str, Any]:

@@ -37,8 +37,7 @@ class Ring:
             keys, values = self.store[:, :held]
             return kernel(q, keys, values, None)
         if before:
-            earlier = self._last(before)
-            k, v = torch.cat([earlier[0], k]), torch.cat([earlier[1], v])
+            k, v = self._joined(before, k, v)
         out = kernel(q, k, v, self.slots - 1)
         self._put(k[-new:], v[-new:])
         return out
@@ -55,12 +54,15 @@ class Ring:
             store[: kept - head] = last[head:]
         self.length = end
 
-    def _last(self, count: int) -> torch.Tensor:
-        """The last ``count`` tokens' keys and values in order, [2, count, Hkv, D]."""
+    def _joined(self, count: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last ``count`` tokens' keys and values in order, and behind them the new ones: each copied once."""
         assert self.store is not None
         first = (self.length - count) % self.slots
         head = min(count, self.slots - first)
-        return torch.cat([self.store[:, first : first + head], self.store[:, : count - head]], 1)
+        keys, values = (
+            torch.cat([kept[first : first + head], kept[: count - head], new]) for kept, new in zip(self.store, (k, v))
+        )
+        return keys, values
 
 
 class Growing:

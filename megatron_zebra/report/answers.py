@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from megatron_zebra.report.style import INK, PAPER, figure, look, save
+from megatron_zebra.report.style import INK, PAPER, figure, look, plain, save
 
 _COLUMNS = 3  # maps side by side
 
@@ -35,7 +35,7 @@ def answers_figure(results: dict[str, dict[str, Any]]) -> Figure:
         exact = np.array([[np.nan if cell is None else cell for cell in row] for row in result["exact"]], float)
         shown = axes.imshow(exact, aspect="auto", origin="lower", cmap="Blues", vmin=0.0, vmax=1.0)
         whole = result["all"]
-        axes.set_title(f"{name}: {whole['exact']:.0%} of {whole['asked']:,} answers exact")
+        axes.set_title(f"{plain(name)}: {whole['exact']:.0%} of {whole['asked']:,} answers exact")
         for (row, column), value in np.ndenumerate(exact):
             if np.isfinite(value):
                 colour = PAPER if value > 0.6 else INK

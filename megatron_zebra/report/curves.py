@@ -6,7 +6,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, ScalarFo
 
 from megatron_zebra.report.run import ByPosition, Metrics, Series
 from megatron_zebra.report.smooth import smooth
-from megatron_zebra.report.style import BLUE, INK, MARKERS, MUTED, SERIES, SKY, empty
+from megatron_zebra.report.style import BLUE, INK, MARKERS, MUTED, SERIES, SKY, empty, plain
 
 
 def draw_loss(axes: Axes, metrics: Metrics) -> None:
@@ -41,7 +41,7 @@ def draw_loss(axes: Axes, metrics: Metrics) -> None:
             lw=1.2,
             clip_on=False,
             zorder=3,
-            label=f"held out: {name} ({losses[-1]:.3f})",
+            label=f"held out: {plain(name)} ({losses[-1]:.3f})",
         )
     if not finite.all():
         bad = metrics.steps[~finite]
@@ -106,7 +106,7 @@ def draw_by_position(axes: Axes, sets: dict[str, ByPosition], window: int | None
             ms=5,
             lw=1.6,
             ls=("-", "--", ":")[i // len(SERIES) % 3],
-            label=name,
+            label=plain(name),
         )
     axes.set_xticks(range(len(longest)), [_count(edge) for edge in longest])
     axes.set_xlim(0, len(longest) - 1)

@@ -21,6 +21,7 @@ from megatron_zebra.report.run import (
     ByPosition,
     Metrics,
     Series,
+    newest_results,
     read_by_position,
     read_evaluations,
     read_json,
@@ -53,8 +54,8 @@ class Run:
     vocabulary: whether the architecture's is known.
     layout: None where the number of processes is not known.
     evaluations: of each of training's evaluations the step, and by set the loss by position.
-    evaluated: the same of tools/evaluate.py perplexity.
-    answers: by task, of tools/evaluate.py answers and retrieval.
+    evaluated: the same of tools/evaluate.py perplexity, or of the newest such run of evaluation.tasks.
+    answers: by task, of tools/evaluate.py answers and retrieval, or of the newest such run of evaluation.tasks.
     """
 
     name: str
@@ -101,7 +102,7 @@ def read_run(folder: Path) -> Run:
     world_size = environment.get("world_size")
     config = _config(folder / "config.yaml", world_size)
     parallel, vocab_size = config.parallel, environment.get("vocab_size") or config.model.vocab_size
-    perplexity = folder / "evaluation" / "perplexity.json"
+    evaluated, answers = _results(folder / "evaluation", config)
     return Run(
         name=folder.resolve().name,
         folder=folder,
@@ -111,8 +112,8 @@ def read_run(folder: Path) -> Run:
         layout=Layout.of(world_size, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp) if world_size else None,
         metrics=metrics,
         evaluations=read_evaluations(folder / "evaluation.jsonl"),
-        evaluated=read_by_position(perplexity) if perplexity.exists() else {},
-        answers=_answers(folder / "evaluation"),
+        evaluated=evaluated,
+        answers=answers,
         checkpoints=_checkpoints(folder / "checkpoints"),
     )
 
@@ -136,15 +137,23 @@ def _config(file: Path, world_size: int | None) -> Config:
     return config
 
 
-def _answers(folder: Path) -> dict[str, Exact]:
-    found: dict[str, Exact] = {}
-    for name in ("answers", "retrieval"):
-        if (file := folder / f"{name}.json").exists():
-            grids = dict(_grids(read_json(file), str(file)))
+def _results(folder: Path, config: Config) -> tuple[dict[str, ByPosition], dict[str, Exact]]:
+    """Losses by position, and answers, of the tool's own results and of the tasks that ran in training."""
+    kinds = {kind: kind for kind in ("perplexity", "answers", "retrieval")}
+    kinds |= {task.name or task.task: task.task for task in config.evaluation.tasks}
+    evaluated: dict[str, ByPosition] = {}
+    answers: dict[str, Exact] = {}
+    for name, (file, step) in newest_results(folder).items():
+        when = "" if step is None else f", step {step:,}"
+        if kinds.get(name) == "perplexity":
+            whose = "" if name == "perplexity" else f", {name}"
+            evaluated |= {f"{of}{whose}{when}": values for of, values in read_by_position(file).items()}
+        elif kinds.get(name) in ("answers", "retrieval"):
+            grids = _grids(read_json(file), str(file))
             if not grids:
                 raise UserError(f"{file}: is not an evaluation's result (exact by lengths and depth_edges)")
-            found |= {task or name: grid for task, grid in grids.items()}
-    return found
+            answers |= {f"{task or name}{when}": grid for task, grid in grids}
+    return evaluated, answers
 
 
 def _grids(document: Any, where: str, task: str = "") -> list[tuple[str, Exact]]:

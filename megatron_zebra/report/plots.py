@@ -8,7 +8,7 @@ from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.report import curves
 from megatron_zebra.report.run import ByPosition, Metrics, read_architecture, read_by_position, read_metrics
 from megatron_zebra.report.stripes import draw_stripes, stripes_figure
-from megatron_zebra.report.style import MUTED, figure, look, save
+from megatron_zebra.report.style import MUTED, figure, look, plain, save
 
 EVALUATION = Path("evaluation") / "perplexity.json"
 
@@ -62,7 +62,9 @@ def overview_figure(name: str, metrics: Metrics, sets: dict[str, ByPosition], ar
     draw_stripes(drawn.add_subplot(grid[1, :]), arch.layer_kinds)
     tokens = metrics.column("consumed_tokens")[-1]
     seen = f", {tokens / 1e6:,.2f} million tokens" if tokens == tokens else ""
-    drawn.suptitle(f"{name}: {int(metrics.steps[-1]):,} steps{seen}", x=0.01, ha="left", color=MUTED, fontsize=10)
+    drawn.suptitle(
+        f"{plain(name)}: {int(metrics.steps[-1]):,} steps{seen}", x=0.01, ha="left", color=MUTED, fontsize=10
+    )
     return drawn
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_zebra.errors import UserError
 from megatron_zebra.model.architecture import Architecture, resolve
 
 Series = npt.NDArray[np.float64]
+_STEP = re.compile(r"^(.*)-step-(\d+)$")  # a result of training, as evaluation.tasks writes it
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,19 @@ def read_evaluations(file: Path) -> list[tuple[int, dict[str, ByPosition]]]:
     """
     lines = _lines(file) if file.exists() else []
     return [(record["step"], _by_position(record, where)) for record, where in lines]
+
+
+def newest_results(folder: Path) -> dict[str, tuple[Path, int | None]]:
+    """The results of an evaluation's folder by name, each with its step of training; a plain one, of the tool and without
+    a step, goes before those of training."""
+    found: dict[str, tuple[Path, int | None]] = {}
+    for file in sorted(folder.glob("*.json")):
+        match = _STEP.match(file.stem)
+        name, step = (match[1], int(match[2])) if match else (file.stem, None)
+        before = found[name][1] if name in found else -1
+        if before is not None and (step is None or step > before):
+            found[name] = file, step
+    return found
 
 
 def read_json(file: Path) -> Any:

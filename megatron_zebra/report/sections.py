@@ -3,7 +3,7 @@
 A chart holds every point that its files hold. One with nothing to show is left out, and says why.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +68,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         _section("Loss", [loss(runs), by_source(runs), column(runs, teacher)]),
         _section("Optimizer", [*(column(runs, of) for of in OPTIMIZER), skipped(runs)]),
         _section("Context", [by_position(runs), *over_time(runs), *retrieval(runs)]),
+        _section("Tasks in training", list(tasks(runs))),
         _section("Speed and memory", [column(runs, of) for of in SPEED]),
         _section("Step time and its parts", [column(runs, of) for of in STEP_TIME]),
         _section("Between ranks", [stage_balance(runs), *traffic(runs)]),
@@ -107,6 +108,23 @@ def by_source(runs: Sequence[Run]) -> Chart | Absent:
             look = style_of(runs, i, sources.index(name))
             figure.add_trace(curve(run.metrics.steps, values, labelled(runs, i, name), **look))
     return Chart(title, "nats per token", figure) if figure.data else Absent(title, "no run has several sources")
+
+
+def tasks(runs: Sequence[Run]) -> Iterator[Chart | Absent]:
+    """The numbers of each of evaluation.tasks over the steps: a chart a task, a line a number."""
+    names = list(dict.fromkeys(task.name or task.task for run in runs for task in run.config.evaluation.tasks))
+    if not names:
+        yield Absent("Tasks", "none ran in training (evaluation.tasks)")
+    for name in names:
+        found = [run.metrics.starting(f"{name}/") for run in runs]
+        numbers, figure = all_keys(found), blank("step")
+        for i, columns in enumerate(found):
+            for number, values in columns.items():
+                there = np.isfinite(values)
+                look = style_of(runs, i, numbers.index(number))
+                steps = runs[i].metrics.steps[there]
+                figure.add_trace(curve(steps, values[there], labelled(runs, i, number), marked=True, **look))
+        yield Chart(name, "", figure) if figure.data else Absent(name, "has not run yet (evaluation.tasks)")
 
 
 def skipped(runs: Sequence[Run]) -> Chart | Absent:

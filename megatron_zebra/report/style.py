@@ -58,6 +58,12 @@ def save(drawn: Figure, path: Path) -> Path:
     return path
 
 
+def plain(name: str) -> str:
+    """A name that somebody chose, as matplotlib shows it letter by letter: between two $ it reads mathematics, and a legend
+    leaves out what begins with _."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def empty(axes: Axes, text: str) -> None:
     """Say why there is nothing to see."""
     axes.grid(False)

@@ -10,8 +10,8 @@ import pytest
 from megatron_zebra.config.load import load_config, to_yaml
 from megatron_zebra.errors import UserError
 from megatron_zebra.model.pattern import layer_kinds
-from megatron_zebra.report.plots import write_plots
-from megatron_zebra.report.run import read_by_position, read_metrics
+from megatron_zebra.report.plots import by_position_figure, write_plots
+from megatron_zebra.report.run import ByPosition, read_by_position, read_metrics
 from megatron_zebra.report.smooth import smooth
 from megatron_zebra.report.stripes import write_stripes
 
@@ -48,6 +48,14 @@ def test_all_pictures_of_an_evaluated_run(run_dir: Path) -> None:
     assert [path.name for path in written] == ["loss.png", "loss_by_position.png", "stripes.png", "overview.png"]
     assert all(path.parent == run_dir / "plots" and path.read_bytes().startswith(PNG) for path in written)
     assert len(list((run_dir / "plots").iterdir())) == len(written)
+
+
+def test_names_are_no_mathematics_and_none_is_left_out(run_dir: Path) -> None:
+    folder = run_dir.rename(run_dir.parent / r"$\no{mathematics$")
+    values = ByPosition([0, 16, 32], np.array([2.0, 1.0]))
+    write_plots(folder)
+    drawn = by_position_figure({"_a$b$": values, "c": values}, None)
+    assert [text.get_text() for text in drawn.axes[0].get_legend().get_texts()] == [r" _a\$b\$", "c"]
 
 
 def test_a_run_without_evaluation(run_dir: Path) -> None:

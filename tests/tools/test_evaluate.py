@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from megatron_zebra.data.indexed import IndexedPair
+from megatron_zebra.data.writer import PairWriter
 from megatron_zebra.errors import run_tool
 from tests.convert.models import make
+from tests.data.test_indexed import vocabulary
 from tests.training.runs import metrics, run
 from tests.training.test_loop import QUICK, pair
 from tools import evaluate
@@ -87,6 +89,27 @@ def test_bad_input_is_one_line(trained: Path, tmp_path: Path, capsys: pytest.Cap
         assert part in err
     assert not (trained / "evaluation").exists()
     assert not (tmp_path / "empty.tmp").exists()
+
+
+def test_a_context_longer_than_every_text_is_told(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    longest = int(np.diff(IndexedPair(tmp_path / "b").document_starts(0, 11)).max())
+    words = ["perplexity", "--checkpoint", str(trained), "--data", str(tmp_path / "b"), "--device", "cpu"]
+    for length, warned in ((longest, False), (longest + 1, True)):
+        assert tool(*words, "--sequence-length", str(length), "--output", str(tmp_path / "p.json")) == 0
+        line = f"b: its longest document has {longest} tokens, fewer than --sequence-length {length}; nothing is judged"
+        assert (line in capsys.readouterr().err) == warned
+
+
+def test_data_without_a_target_is_an_error(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with PairWriter(tmp_path / "single", vocabulary()) as writer:
+        writer.add(np.arange(5), [1] * 5)
+        writer.finish()
+    words = ["--data", str(tmp_path / "single"), "--device", "cpu", "--output", str(tmp_path / "p.json")]
+    assert tool("perplexity", "--checkpoint", str(trained), *words) == 2
+    assert f"error: --data {tmp_path / 'single'}: has no target" in capsys.readouterr().err
+    assert not (tmp_path / "p.json").exists()
 
 
 def test_rows_longer_than_the_data_are_cut_to_it(trained: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_bad_input_is_one_line(trained: Path, tmp_path: Path, capsys: pytest.Cap
         (words(trained, output, "--lengths", "0"), "--lengths: must be a whole number from 1 on, not 0"),
         (words(trained, output, "--tasks", "key"), "--tasks: invalid choice: 'key'"),
         (words(trained, output, "--seed", "-1"), "--seed: must be a whole number from 0 on, not -1"),
-        (words(trained, output, text="no.txt"), "no.txt: no such file or folder"),
+        (words(trained, output, text="no.txt"), f"--text {trained / 'no.txt'}: no such file or folder"),
         (words(trained, output, text="empty.txt"), "empty.txt: holds no text"),
         (words(trained, output, "--chat", "--tokenizer", trained / "plain"), "its tokenizer has no chat template"),
         (words(trained, output, "--chat-template", "t"), "--chat-template: is for chat; give --chat too"),

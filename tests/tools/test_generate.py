@@ -90,9 +90,42 @@ def test_a_talk_remembers_what_was_said(folder: Path, monkeypatch: pytest.Monkey
     assert out.startswith(f"{answer}\n")
 
 
+def test_a_stop_string_that_is_never_met_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    whole = expected(folder, load_tokenizer(folder).encode(PROMPT), 9)
+    words = ["--checkpoint", folder, "--max-new-tokens", 9, "--device", "cpu", "--prompt", PROMPT]
+    _, out, err = said(monkeypatch, capsys, *words, "--stop", "never met")
+    assert out == f"{PROMPT}{whole}\n"
+    assert err.startswith("warning: --stop: none was met; ended at")
+    _, _, err = said(monkeypatch, capsys, *words, "--prompt", "A", "--stop", whole[3:])
+    assert err.startswith("warning: --stop: none was met in 1 of 2 texts")
+    assert err.count("\n") == 1
+
+
+def test_a_talk_takes_a_template_and_ends_where_it_ends_a_turn(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    template = tmp_path / "short.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}<|im_start|>\n{% endfor %}")
+    prompt = ChatTemplate(folder, template).prompt([{"role": "user", "content": "Hello."}], "")
+    tokenizer = load_tokenizer(folder)
+    new = megatron_zebra.load(folder, "cpu").generate([prompt], 9)[0, len(prompt) :].tolist()
+    words = ["--checkpoint", folder, "--chat", "--chat-template", template, "--max-new-tokens", 9, "--device", "cpu"]
+    ends: list[set[int]] = []
+    monkeypatch.setattr(ChatTemplate, "end_of_turn", lambda _: ends[-1])
+    for end, count in (({new[4]}, new.index(new[4])), (set(), 9)):
+        ends.append(end)
+        code, out, _ = said(monkeypatch, capsys, *words, typed="Hello.\n\n")
+        assert code == 0
+        assert out == tokenizer.decode(new[:count]) + "\n"
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
+        (["--prompt", "a", "--max-new-tokens", str(10**12)], "1 sequence of up to 1,000,000,000,001 tokens"),
+        (["--prompt", "a", "--seed", "-1"], "seed -1: must be"),
+        (["--prompt", "a", "--system", "b"], "--system: is for a talk; give --chat too"),
+        (["--chat", "--chat-template", "none.jinja"], "--chat-template none.jinja: cannot be read"),
         (["--prompt", ""], "--prompt '': is empty"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0: must be 1 or more"),
         (["--prompt", "a", "--stop", ""], "--stop: must not be empty"),

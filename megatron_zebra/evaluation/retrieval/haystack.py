@@ -59,9 +59,11 @@ def open_haystack(paths: Sequence[str], tokenizer: Tokenizer, longest: int, repe
     parts: list[Tokens] = []
     size = 0
     for path in paths:
-        parts.append(
-            _of_pair(path, tokenizer, most - size) if _is_pair(path) else _of_files(path, tokenizer, most - size)
-        )
+        try:
+            read = _of_pair if _is_pair(path) else _of_files
+            parts.append(read(path, tokenizer, most - size))
+        except UserError as error:
+            raise UserError(f"--text {error}") from None
         size += parts[-1].size
         if size >= most:
             break
@@ -83,13 +85,11 @@ def _of_pair(prefix: str, tokenizer: Tokenizer, most: int) -> Tokens:
     pair = IndexedPair(prefix)
     if pair.info is not None and pair.info.tokenizer_hash != tokenizer.hash:
         raise UserError(
-            f"--text {prefix}: written with another tokenizer ({pair.info.tokenizer_name}) than the model's ({tokenizer.name})"
+            f"{prefix}: written with another tokenizer ({pair.info.tokenizer_name}) than the model's ({tokenizer.name})"
         )
     tokens = pair.tokens[:most].astype(np.int32)
     if tokens.max(initial=0) >= tokenizer.vocab_size or tokens.min(initial=0) < 0:
-        raise UserError(
-            f"--text {prefix}: holds id {tokens.max()}, the tokenizer has the ids 0 to {tokenizer.vocab_size - 1}"
-        )
+        raise UserError(f"{prefix}: holds id {tokens.max()}, the tokenizer has the ids 0 to {tokenizer.vocab_size - 1}")
     return tokens[tokens != tokenizer.eod_id]
 
 

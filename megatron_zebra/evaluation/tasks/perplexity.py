@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from megatron_zebra.config.derived import sequence_multiple
 from megatron_zebra.config.sections import Parallel
 from megatron_zebra.data.indexed import IndexedPair
@@ -77,8 +79,9 @@ def run(arguments: argparse.Namespace) -> None:
     with opened(arguments, "perplexity.json", max(arguments.sequence_length)) as (subject, source, output):
         if subject.grid.is_main:
             beside = tokenizer_hashes(source.folder)
-            for warning in filter(None, (other_tokenizer(pair, beside) for pair in _pairs(arguments).values())):
-                print(f"warning: {warning}", file=sys.stderr)
+            for pair in _pairs(arguments).values():
+                for warning in filter(None, (other_tokenizer(pair, beside), _short(pair, arguments.sequence_length))):
+                    print(f"warning: {warning}", file=sys.stderr)
         result = measure(subject, arguments)
         if subject.grid.is_main:
             # Print first: what was computed is not lost where it cannot be written.
@@ -135,6 +138,18 @@ def _pairs(arguments: argparse.Namespace) -> dict[str, IndexedPair]:
     return {name: IndexedPair(prefix) for name, prefix in zip(names, arguments.data)}
 
 
+def _short(pair: IndexedPair, lengths: list[int]) -> str | None:
+    """A warning, where a context is longer than any text."""
+    longest = int(np.diff(pair.document_starts(0, pair.documents + 1)).max(initial=0))
+    above = [str(length) for length in sorted(lengths) if length > longest]
+    if not above:
+        return None
+    return (
+        f"{pair.prefix}: its longest document has {longest} tokens, fewer than --sequence-length {' '.join(above)}; nothing is "
+        "judged with more context than that"
+    )
+
+
 def _measure(
     subject: "Subject", arguments: argparse.Namespace, title: str, pair: IndexedPair, length: int
 ) -> dict[str, Any]:
@@ -164,6 +179,10 @@ def _measure(
             subject.context,
             bar.update,
             source.documents if arguments.by_document else 0,
+        )
+    if not result.targets:
+        raise UserError(
+            f"--data {pair.prefix}: has no target: no document of two tokens, or a mask that leaves out all"
         )
     found = {
         "sequence_length": length,
