@@ -4,6 +4,6 @@ import os
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed looks for devices
 
-import deepspeed  # noqa: F401
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # DeepSpeed's first engine imports it, and with it Inductor
 
 import megatron_zebra.training.loop  # noqa: F401
