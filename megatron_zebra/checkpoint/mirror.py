@@ -49,26 +49,31 @@ class Mirror:
         self._together(group, f"copying {folder.name} to", own)
         self._together(group, f"copying {folder.name} to", finish, alone=True)
 
-    def fetch_newest(self, root: Path, group: Collective) -> str | None:
-        """Bring the newest complete checkpoint down to ``root`` if that has none as new; returns its name, None if not needed.
+    def newer(self, step: int, group: Collective) -> list[str]:
+        """Names of the complete checkpoints after ``step``, the newest first; the same on all ranks."""
+        names: list[str] = []
 
-        What is fetched is checked afterwards as any other checkpoint is.
+        def look() -> None:
+            names.extend(e.folder.name for e in reversed(self._entries()) if e.complete and e.step > step)
+
+        self._together(group, "looking for checkpoints in", look, alone=True)
+        return group.all_gather(names)[0]
+
+    def fetch(self, name: str, root: Path, group: Collective) -> Path:
+        """Bring the checkpoint ``name`` down into a new folder of its step under ``root``, which is returned.
+
+        It is not checked: that is done as with any other checkpoint.
         """
-        name: str | None = None
         folder = root
 
-        def choose() -> None:
-            nonlocal name, folder
-            local = [entry.step for entry in catalog.entries(root) if entry.complete]
-            there = [entry for entry in self._entries() if entry.complete]
-            if there and there[-1].step > max(local, default=-1):
-                name, folder = there[-1].folder.name, catalog.new_folder(root, there[-1].step)
-                files.make_folder(folder)
+        def make() -> None:
+            nonlocal folder
+            (entry,) = catalog.parsed(root, [name], lambda _: True)
+            folder = catalog.new_folder(root, entry.step)
+            files.make_folder(folder)
 
-        self._together(group, "looking for checkpoints in", choose, alone=True)
-        name, folder = group.all_gather((name, folder))[0]
-        if name is None:
-            return None
+        self._together(group, f"fetching {name} from", make, alone=True)
+        folder = group.all_gather(folder)[0]
         index = b""
 
         def own() -> None:
@@ -83,7 +88,7 @@ class Mirror:
 
         self._together(group, f"fetching {name} from", own)
         self._together(group, f"fetching {name} from", finish, alone=True)
-        return name
+        return folder
 
     def _entries(self) -> list[catalog.Entry]:
         self.fs.invalidate_cache()

@@ -3,9 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_zebra.checkpoint import catalog
 from megatron_zebra.checkpoint.errors import CheckpointError
 from megatron_zebra.checkpoint.mirror import Mirror
+from megatron_zebra.checkpoint.verify import Found, find_latest_good
 from megatron_zebra.config.sections import Config
 from megatron_zebra.convert.kept import keep, keep_tokenizer
 from megatron_zebra.convert.source import CheckpointSource, open_model
@@ -30,9 +30,8 @@ def start(
 ) -> tuple[Progress, list[str]]:
     """Resume the run folder, or begin from ``checkpoint.load``, or from nothing."""
     root = folder / "checkpoints"
-    fetched = _fetched(config.checkpoint.mirror, root, collective)
-    progress, notes = resume_state(root, config, arch, optimizer, collective)
-    notes = [*fetched, *notes]
+    found, notes = _newest(config.checkpoint.mirror, root, collective)
+    progress = resume_state(root, found, config, arch, optimizer, collective)
     if progress is not None:
         notes.append(f"resumed {folder} at step {progress.step}")
     elif config.checkpoint.load is not None:
@@ -60,21 +59,39 @@ def start(
     return progress, notes
 
 
-def _fetched(mirror: str | None, root: Path, collective: WorldCollective) -> list[str]:
-    """Bring a newer checkpoint from the second home, if there is one; a line about that.
+def _newest(mirror: str | None, root: Path, collective: WorldCollective) -> tuple[Found, list[str]]:
+    """The newest good checkpoint, brought from the second home where that has one after the newest good one here; and lines
+    about what was passed over and fetched.
 
     Raises:
-        UserError: that home cannot be read and there is no checkpoint here: the run might begin anew though it has one.
+        UserError: nothing good is here and that home cannot be read: the run might begin anew though it has a checkpoint.
     """
+    found = find_latest_good(root, collective)
     if mirror is None:
-        return []
+        return found, found.skipped
+    notes, failure = [*found.skipped], None
     try:
-        name = Mirror(mirror).fetch_newest(root, collective)
+        away = Mirror(mirror)
+        names = away.newer(-1 if found.step is None else found.step, collective)
     except CheckpointError as error:
-        if collective.all_gather(catalog.newest(root))[0] is None:
-            raise
-        return [f"warning: {error}; goes on from what is here"]
-    return [f"fetched {name} from {mirror}"] if name is not None else []
+        names, failure = [], error
+    for name in names:
+        try:
+            folder = away.fetch(name, root, collective)
+        except CheckpointError as error:
+            notes.append(f"warning: {error}")
+            failure = error
+            continue
+        notes.append(f"fetched {name} from {mirror}")
+        found = find_latest_good(root, collective)
+        notes += found.skipped
+        if found.folder == folder:
+            return found, list(dict.fromkeys(notes))
+    if failure is not None:
+        if found.folder is None:
+            raise failure
+        notes.append(f"warning: {failure}; goes on from what is here")
+    return found, list(dict.fromkeys(notes))
 
 
 def _begin(

@@ -15,7 +15,7 @@ from megatron_zebra.checkpoint.describe import compare_model
 from megatron_zebra.checkpoint.pieces import PieceKey
 from megatron_zebra.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_zebra.checkpoint.save import Saved, save
-from megatron_zebra.checkpoint.verify import find_latest_good
+from megatron_zebra.checkpoint.verify import Found
 from megatron_zebra.config.fields import READ_BACK, in_words
 from megatron_zebra.config.sections import Checkpoint as SaveSettings
 from megatron_zebra.config.sections import Config, Lora
@@ -94,25 +94,24 @@ def state_of(progress: Progress, config: Config, arch: Architecture, optimizer: 
 
 
 def resume_state(
-    root: Path, config: Config, arch: Architecture, optimizer: ShardedOptimizer, collective: Collective
-) -> tuple[Progress | None, list[str]]:
-    """Restore the newest good checkpoint under ``root``, if there is one; called by all ranks.
+    root: Path, found: Found, config: Config, arch: Architecture, optimizer: ShardedOptimizer, collective: Collective
+) -> Progress | None:
+    """Restore the checkpoint ``found`` under ``root``, if there is one; called by all ranks. Gives how far it was.
 
-    Returns:
-        How far it was, and a line for each newer folder that was passed over.
+    Raises:
+        UserError: there are only damaged ones.
     """
-    found = find_latest_good(root, collective)
     if found.folder is None or found.step is None:
         if found.rejected:
             # To begin anew over a damaged run would look like a resume and lose it.
             raise UserError(
                 f"{root}: every checkpoint is damaged; move the folder away to begin anew ({found.skipped[0]})"
             )
-        return None, found.skipped
+        return None
     progress = restore(open_checkpoint(found.folder), config, arch, optimizer)
     if found.skipped and collective.rank == 0:
         retire_newer(root, found.step)
-    return progress, found.skipped
+    return progress
 
 
 @torch.no_grad()

@@ -23,7 +23,14 @@ def up(root: Path, url: str, step: int, **keep: int) -> list[Any]:
 
 
 def down(root: Path, url: str, ranks: int = 2) -> list[Any]:
-    return run_ranks(ranks, lambda group: Mirror(url).fetch_newest(root, group))
+    """On each rank the name of the newest checkpoint that is newer than any here, which is fetched; None without one."""
+
+    def act(group: ThreadRank) -> str | None:
+        here, mirror = find_latest_good(root, group), Mirror(url)
+        names = mirror.newer(-1 if here.step is None else here.step, group)
+        return mirror.fetch(names[0], root, group).name if names else None
+
+    return run_ranks(ranks, act)
 
 
 @pytest.mark.parametrize("kind", ["file", "memory"])

@@ -13,7 +13,7 @@ import torch
 from megatron_zebra.checkpoint import catalog, files, layout
 from megatron_zebra.checkpoint.collective import Alone
 from megatron_zebra.checkpoint.describe import describe
-from megatron_zebra.checkpoint.verify import verify
+from megatron_zebra.checkpoint.verify import find_latest_good, verify
 from megatron_zebra.config.sections import Config
 from megatron_zebra.convert.folder import architecture_of
 from megatron_zebra.convert.inspection import describe as describe_model
@@ -129,8 +129,8 @@ def save_run(root: Path, config: Config, steps: Sequence[int]) -> list[Path]:
 def resumed(root: Path, config: Config) -> tuple[Progress | None, list[str], Optimizer]:
     """What a run of one rank would go on with."""
     empty: Any = Optimizer(config, 0, 1, 0)
-    progress, notes = resume_state(root, config, ARCH, empty, Alone())
-    return progress, notes, empty
+    found = find_latest_good(root)
+    return resume_state(root, found, config, ARCH, empty, Alone()), found.skipped, empty
 
 
 def _read(root: Path, newest: Path, config: Config) -> Outcome:

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_zebra.checkpoint.catalog import newest
 from megatron_zebra.checkpoint.reader import open_checkpoint
+from megatron_zebra.checkpoint.verify import find_latest_good
 from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.parallel.optimizer import KINDS
 from megatron_zebra.parallel.process import WorldCollective
@@ -44,7 +45,9 @@ def again(grid: Grid, source: Path, target: Path, overrides: dict[str, Any]) -> 
     config = small(**overrides)
     arch, _ = opened(config)
     trained, collective = build_training(config, arch, grid), WorldCollective(grid)
-    progress, _ = resume_state(source / "checkpoints", config, arch, trained.optimizer, collective)
+    root = source / "checkpoints"
+    found = find_latest_good(root, collective)
+    progress = resume_state(root, found, config, arch, trained.optimizer, collective)
     assert progress is not None
     state_of(progress, config, arch, trained.optimizer).save(target / "checkpoints", config.checkpoint, collective)
 

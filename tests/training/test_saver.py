@@ -109,6 +109,33 @@ def test_a_run_whose_folder_is_gone_goes_on_from_the_second_home(run_distributed
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))[0] == "step-00000004"
 
 
+def test_what_is_damaged_here_comes_from_the_second_home_and_what_is_there_from_an_older_one(
+    run_distributed: Any, tmp_path: Path
+) -> None:
+    settings = QUICK | {"checkpoint__interval": 1, "checkpoint__mirror": f"file://{tmp_path}/away"}
+    run_distributed(run, 2, tmp_path / "run", settings, 5)  # ends in step 5
+    here, away = tmp_path / "run" / "checkpoints", tmp_path / "away"
+    for file in (here / "step-00000004", here / "step-00000003", away / "step-00000004"):
+        flip(file / "rank-00001.bin")
+    (away / "step-00000004.1").mkdir()  # half-written: nobody asks for it
+    outcomes = run_distributed(hearing, 2, tmp_path / "run", settings)
+    seen, said = outcomes[0]
+    assert seen.error is None
+    text = "\n".join(said)
+    assert "step-00000004 skipped" in text
+    assert f"fetched step-00000004 from file://{away}" in text
+    assert f"fetched step-00000003 from file://{away}" in text
+    assert "at step 3" in text
+    run_distributed(run, 2, tmp_path / "whole", settings | {"checkpoint__mirror": None})
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
+
+
 def test_a_second_home_out_of_reach_is_a_warning(run_distributed: Any, tmp_path: Path) -> None:
     (tmp_path / "away").write_text("a file stands in the way")
     settings = QUICK | {"checkpoint__interval": 2, "checkpoint__mirror": f"file://{tmp_path}/away/run"}
