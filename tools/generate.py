@@ -107,20 +107,15 @@ class _Asked:
             arguments.seed,
             tuple(self.stop_ids),
             arguments.prefill_chunk,
+            lambda number: not texts[number].stopped,
         )
         return texts, self._told(steps, texts)
 
     def _told(self, steps: Any, texts: list[Any]) -> Iterator[tuple[int, str]]:
-        ended = [False] * len(texts)
         for step in steps:
             for number, token in enumerate(step):
-                if token is not None and not ended[number]:
-                    ended[number] = token in self.stop_ids
-                    if not ended[number]:
-                        yield number, texts[number].add(token)
-                        ended[number] = texts[number].stopped
-            if all(ended):
-                break
+                if token is not None and token not in self.stop_ids:
+                    yield number, texts[number].add(token)
         yield from ((number, text.rest()) for number, text in enumerate(texts))
 
 

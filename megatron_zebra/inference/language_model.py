@@ -1,6 +1,6 @@
 """A model to ask: logits, and tokens that go on from prompts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -111,11 +111,12 @@ class LanguageModel:
         seed: int = 0,
         stop_tokens: Sequence[int] = (),
         prefill_chunk: int = PREFILL_CHUNK,
+        wanted: Callable[[int], bool] = lambda prompt: True,
     ) -> Iterator[list[int | None]]:
         """Yields one new token of each prompt at a time, None for one that has ended (its stop token is its last).
 
-        Closing the iterator ends the generation. Prompts may differ in length. What is wrong is told before the first token
-        is asked for.
+        Closing the iterator ends the generation, and of a prompt whose number is no longer ``wanted`` (asked before each
+        further token) its own. Prompts may differ in length. What is wrong is told before the first token is asked for.
         """
         if problem := sampling.problem():
             raise UserError(problem)
@@ -127,7 +128,7 @@ class LanguageModel:
         prompts = self._checked(ids)
         check_room(self.arch, self.decoder, [len(prompt) + max_new_tokens for prompt in prompts], self.tp.size)
         generator = torch.Generator(self.device).manual_seed(seed)
-        return self._steps(prompts, max_new_tokens, sampling, generator, stop_tokens, prefill_chunk)
+        return self._steps(prompts, max_new_tokens, sampling, generator, stop_tokens, prefill_chunk, wanted)
 
     def _steps(
         self,
@@ -137,6 +138,7 @@ class LanguageModel:
         generator: torch.Generator,
         stop_tokens: Sequence[int],
         prefill_chunk: int,
+        wanted: Callable[[int], bool],
     ) -> Iterator[list[int | None]]:
         seen = None
         if sampling.repetition_penalty != 1.0:
@@ -152,7 +154,7 @@ class LanguageModel:
                 seen[alive, tokens] = True
             chosen = dict(zip(alive, tokens.tolist()))
             yield [chosen.get(sequence) for sequence in range(len(prompts))]
-            going = [i for i, sequence in enumerate(alive) if chosen[sequence] not in stop_tokens]
+            going = [i for i, sequence in enumerate(alive) if chosen[sequence] not in stop_tokens and wanted(sequence)]
             alive = [alive[i] for i in going]
             if not alive or number + 1 == max_new_tokens:
                 return

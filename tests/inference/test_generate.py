@@ -1,6 +1,7 @@
 """Generation: greedy equals transformers, sampling follows its limits, batches equal single sequences."""
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -40,6 +41,25 @@ def test_unequal_prompts_go_on_as_each_alone_and_end_apart() -> None:
     for whole, cut in zip(together, ended):
         last = whole.index(stop) + 1 if stop in whole else 12
         assert cut == (whole[:last] + [None] * 12)[: len(cut)]
+
+
+def test_a_prompt_that_is_no_longer_wanted_costs_nothing_more() -> None:
+    asked = model()
+    prompts = [[5, 6, 7], [1]]
+    whole = list(asked.stream(prompts, 6, Sampling(0.0)))
+    asked_for, decode = [], asked.decode
+    with patch.object(
+        asked,
+        "decode",
+        side_effect=lambda cache, tokens, sequences: (
+            asked_for.append(list(sequences)) or decode(cache, tokens, sequences)
+        ),
+    ):
+        told: list[list[int | None]] = []
+        for step in asked.stream(prompts, 6, Sampling(0.0), wanted=lambda number: number == 1 or len(told) < 2):
+            told.append(step)
+    assert told == [*whole[:2], *([None, later[1]] for later in whole[2:])]
+    assert asked_for == [[0, 1], *[[1]] * 4]
 
 
 def test_a_seed_repeats_and_another_differs() -> None:
