@@ -53,6 +53,7 @@ SETTINGS = {
     "checkpoint.interval": 1,
     "checkpoint.keep_last": 3,
     "evaluation.interval": 0,
+    "parallel.timeout": 30,  # as long the others wait for a rank that was killed before it came
 }
 MOMENTS = ("start", "step", "save", "save")
 MANNERS = ("one rank", "all", "one rank", "all", "terminate")

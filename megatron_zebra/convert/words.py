@@ -41,17 +41,20 @@ class Words:
 def find_words(option: Path | None, origin: Path | None, vocab_size: int) -> Words | None:
     """The tokenizer of ``--tokenizer`` or else of the model's origin; None if there is none."""
     if option is not None and option.is_file():
-        return _bare(option, vocab_size)
+        return _bare(option, vocab_size, True)
     folder = option or origin
     if folder is None or not any((folder / name).is_file() for name in kept.TOKENIZER):
         if option is not None:
             raise UserError(f"--tokenizer {option}: is no tokenizer file and no folder that holds one")
         return None
+    there = [name for name in kept.TOKENIZER if (folder / name).is_file()]
+    if len(there) == 1 and not (folder / kept.CONFIG).is_file():  # what a run keeps of a file as data.tokenizer
+        return _bare(folder / there[0], vocab_size, option is not None)
     kept.check_tokenizer(folder, vocab_size)
     return Words(folder, kept.special_ids(folder), option is not None)
 
 
-def _bare(file: Path, vocab_size: int) -> Words:
+def _bare(file: Path, vocab_size: int, chosen: bool) -> Words:
     tokenizer = load_tokenizer(file)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"--tokenizer {file}: has {tokenizer.vocab_size} tokens, the embedding has {vocab_size} rows")
@@ -66,7 +69,7 @@ def _bare(file: Path, vocab_size: int) -> Words:
         "clean_up_tokenization_spaces": False,
         **names,
     }
-    return Words(file, ids | {"eos_token_id": tokenizer.eod_id}, True, config)
+    return Words(file, ids | {"eos_token_id": tokenizer.eod_id}, chosen, config)
 
 
 def _add_json(folder: Path) -> None:

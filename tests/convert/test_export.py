@@ -1,6 +1,7 @@
 """What to-hf writes: windows, generation, shards, types, ids, tokenizers; and hosts that cannot."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from megatron_zebra.convert.families import understand
 from megatron_zebra.convert.folder import architecture_of
 from megatron_zebra.convert.from_hf import from_hf
 from megatron_zebra.convert.hosts import choose, config_for, obstacles
+from megatron_zebra.convert.kept import keep_tokenizer
 from megatron_zebra.convert.source import open_model
 from megatron_zebra.convert.to_hf import to_hf
 from megatron_zebra.errors import UserError
@@ -143,9 +145,7 @@ def test_files_beside_the_weights_come_out_byte_for_byte(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("model", ["bpe", "unigram"])
-def test_a_bare_sentencepiece_model_becomes_a_tokenizer_of_transformers(
-    zebra: Path, tmp_path: Path, model: str
-) -> None:
+def test_a_bare_sentencepiece_model_becomes_a_tokenizer_of_transformers(tmp_path: Path, model: str) -> None:
     import sentencepiece
     import transformers
 
@@ -166,11 +166,16 @@ def test_a_bare_sentencepiece_model_becomes_a_tokenizer_of_transformers(
         assert other.decode(mine.encode(text)) == text
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["eos_token_id"] == other.eos_token_id == mine.eod_id == 2
+    # The same of a run that was trained with it.
+    from_hf(tmp_path / "hf", tmp_path / "origin", **ZEBRA)
+    shutil.copytree(tmp_path / "origin", tmp_path / "run", ignore=shutil.ignore_patterns("huggingface"))
+    keep_tokenizer(tmp_path / "t.model", tmp_path / "run")
+    assert not [note for note in to_hf(tmp_path / "run", tmp_path / "again") if "token" in note]
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "again").eos_token_id == 2
+    assert json.loads((tmp_path / "again/config.json").read_text())["eos_token_id"] == 2
 
 
 def test_ids_that_nobody_knows_are_said_and_never_those_of_another_tokenizer(zebra: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(zebra, tmp_path / "checkpoint", ignore=shutil.ignore_patterns("huggingface"))
     notes = to_hf(tmp_path / "checkpoint", tmp_path / "out")
     assert any("no tokenizer" in note for note in notes)
