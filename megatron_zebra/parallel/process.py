@@ -144,7 +144,8 @@ class WorldCollective:
 
     def __init__(self, grid: Grid, aside: bool = False) -> None:
         self.rank, self.world_size = grid.rank, grid.world_size
-        self._group = dist.new_group(backend="gloo") if aside else None
+        # Who carries files away waits for the slowest; a rank that is lost is told by the watch, not by this limit.
+        self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7)) if aside else None
 
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's ``value``, in rank order, on every rank."""
