@@ -1,6 +1,6 @@
 """What the global layers are for: a small Zebra and the same model with all layers local learn to find a passkey in a text.
 
-  python benchmarks/passkey.py                     # about half an hour on two cores, a training on each
+  python benchmarks/passkey.py                     # about 40 minutes on two cores, a training on each
   python benchmarks/passkey.py --output passkey --steps 300
 
 Both train on the same texts of 64 to 1024 tokens, the standard library's sources with a number stated at any depth, and are
@@ -32,8 +32,8 @@ from megatron_zebra.evaluation.retrieval.tasks import Counts
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST, SHORTEST, WINDOW, LAYERS = 1024, 64, 32, 4
 PHASES = {
-    "short": (160, 0.75),
-    "long": (LONGEST, 0.25),
+    "short": (160, 0.6),
+    "long": (LONGEST, 0.4),
 }  # longest text, share of the steps: short ones hold more answers
 LENGTHS = (64, 96, 128, 160, 192, 256, 512, 1024)
 ROWS = 4
@@ -115,7 +115,7 @@ def train(folder: Path, name: str, steps: int) -> subprocess.Popen[bytes]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("passkey"))
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=3000)
     options = parser.parse_args()
     folder = options.output.resolve()
     prepare(folder, options.steps)

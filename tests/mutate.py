@@ -260,6 +260,13 @@ MUTATIONS = [
         "tests/checkpoint/test_mirror.py",
     ),
     Mutation(
+        "a save without room for latest takes the room of all later ones",
+        "megatron_zebra/checkpoint/save.py",
+        "catalog.settle(root, keep_last, keep_every, protect)",
+        "pass",
+        "tests/checkpoint/test_checkpoint_catalog.py",
+    ),
+    Mutation(
         "latest moves before the data",
         "megatron_zebra/checkpoint/save.py",
         "        files.make_folder(folder)\n    return folder",

@@ -113,6 +113,19 @@ def prune(root: Path, keep_last: int, keep_every: int = 0, protect: Iterable[Pat
     return removed
 
 
+def settle(root: Path, keep_last: int, keep_every: int = 0, protect: Iterable[Path] = ()) -> None:
+    """Do what is left of a save that was stopped, or found no room, after its index: older ones go, ``latest`` names the newest.
+
+    Else the room of those that go at the end of a save would be missing at the beginning of each later one.
+    """
+    last, protected = newest(root), list(protect)
+    named = [root / line for line in files.lines(root / LATEST)]
+    prune(root, keep_last, keep_every, [*protected, *named])  # first, since even ``latest`` takes room
+    if last is not None and named != [last]:
+        write_latest(root, last)
+        prune(root, keep_last, keep_every, protected)
+
+
 def outlived(found: list[Entry], keep_last: int, keep_every: int) -> list[Entry]:
     """Of ``found``, in order, those that ``prune`` has no reason to keep."""
     latest_revision = {entry.step: entry for entry in found if entry.complete}

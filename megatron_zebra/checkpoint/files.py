@@ -83,6 +83,14 @@ def entries(path: Path) -> list[Path]:
         return []
 
 
+def lines(path: Path) -> list[str]:
+    """The lines of a small text file; none if there is no such file, or no text in it."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return []
+
+
 def free_bytes(path: Path) -> int:
     """Bytes that a user may still write on the file system that holds ``path`` or would hold it."""
     place = path

@@ -1,5 +1,6 @@
 """A save from beginning to end, by all ranks together."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,7 +64,8 @@ def save(
     group = collective or Alone()
     root, began = Path(root), time.perf_counter()
     needed = sum(group.all_gather(expected_bytes))
-    folder = _by_rank_0(group, lambda: _begin(root, step, needed))
+    protect = list(protect)
+    folder = _by_rank_0(group, lambda: _begin(root, step, needed, keep_last, keep_every, protect))
     try:
         written = _by_all(group, lambda: write_pieces(folder, group.rank, pieces, metadata=rank_metadata))
         _by_rank_0(group, lambda: commit(folder, step, metadata, [w.entry for w in written], expected))
@@ -76,11 +78,14 @@ def save(
     return Saved(folder, step, total, time.perf_counter() - began, removed, newer, warning)
 
 
-def _begin(root: Path, step: int, needed: int) -> Path:
+def _begin(root: Path, step: int, needed: int, keep_last: int | None, keep_every: int, protect: Iterable[Path]) -> Path:
     with files.naming("saving to", root):
         files.make_folder(root)
         files.sync_folder(root.parent)
         folder = catalog.new_folder(root, step)
+        if keep_last is not None:
+            with contextlib.suppress(OSError):  # the end of this save tells what cannot be removed
+                catalog.settle(root, keep_last, keep_every, protect)
         preflight(root, needed)
         files.make_folder(folder)
     return folder

@@ -108,6 +108,30 @@ def test_an_older_one_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch)
     assert steps(tmp_path) == [1, 2]
 
 
+@pytest.mark.parametrize("keep_last", [1, 3])
+def test_what_a_save_without_room_left_undone_is_done_before_the_next(tmp_path, monkeypatch, keep_last):
+    """Without room for ``latest``, a few bytes, the older ones stay too; the next save must not find their room missing."""
+    for step in range(1, keep_last + 1):
+        saved(save_step(tmp_path, step, keep_last=keep_last))
+
+    def refuse(root, folder):
+        raise OSError(errno.ENOSPC, "No space left on device", str(root))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(catalog, "write_latest", refuse)
+        results = save_step(tmp_path, keep_last + 1, keep_last=keep_last)
+        assert all(isinstance(result, DiskFull) for result in results)
+    assert steps(tmp_path) == list(range(1, keep_last + 2))  # it has its index, but nothing went
+    there = []
+    monkeypatch.setattr(
+        sys.modules["megatron_zebra.checkpoint.save"], "preflight", lambda root, needed: there.append(steps(root))
+    )
+    saved(save_step(tmp_path, keep_last + 2, keep_last=keep_last))
+    assert there == [list(range(2, keep_last + 2))]
+    assert steps(tmp_path) == list(range(3, keep_last + 3))
+    assert (tmp_path / "latest").read_text() == f"{catalog.folder_name(keep_last + 2)}\n"
+
+
 def test_latest_is_a_hint(tmp_path):
     for step in (1, 2):
         saved(save_step(tmp_path, step))
