@@ -26,7 +26,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
+    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate, inplace=True).mul_(up)
 
 
 class MLP(nn.Module):
