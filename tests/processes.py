@@ -49,7 +49,8 @@ class Ranks:
         self.processes = [
             context.Process(target=_rank, args=(fn, rank, size, port, self.files[rank], args)) for rank in range(size)
         ]
-        for process in self.processes:
+        for file, process in zip(self.files, self.processes):
+            file.touch()  # a process may be killed before it has opened its own
             process.start()
 
     def signal(self, rank: int, number: int) -> None:
