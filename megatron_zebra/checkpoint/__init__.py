@@ -8,6 +8,7 @@ from megatron_zebra.checkpoint.errors import (
     DamagedCheckpoint,
     DiskFull,
     IncompleteCheckpoint,
+    NotTaken,
     OtherFormat,
 )
 from megatron_zebra.checkpoint.pieces import PieceKey
@@ -25,6 +26,7 @@ __all__ = [
     "DiskFull",
     "Found",
     "IncompleteCheckpoint",
+    "NotTaken",
     "OtherFormat",
     "PieceKey",
     "Saved",

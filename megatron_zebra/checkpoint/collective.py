@@ -7,6 +7,7 @@ from megatron_zebra.checkpoint.errors import (
     DamagedCheckpoint,
     DiskFull,
     IncompleteCheckpoint,
+    NotTaken,
     OtherFormat,
 )
 
@@ -53,5 +54,6 @@ def agree(collective: Collective, error: Exception | None) -> None:
 
 
 _OURS = {
-    kind.__name__: kind for kind in (CheckpointError, DamagedCheckpoint, OtherFormat, IncompleteCheckpoint, DiskFull)
+    kind.__name__: kind
+    for kind in (CheckpointError, DamagedCheckpoint, OtherFormat, IncompleteCheckpoint, NotTaken, DiskFull)
 }

@@ -19,5 +19,9 @@ class IncompleteCheckpoint(CheckpointError):
     """The pieces do not cover a tensor exactly once, or a tensor is not there at all."""
 
 
-class DiskFull(CheckpointError):
-    """There is no room for a checkpoint; whatever this save had written is gone again."""
+class NotTaken(CheckpointError):
+    """The storage takes no checkpoint now, and may take a later one; whatever this save had written is gone again."""
+
+
+class DiskFull(NotTaken):
+    """There is no room for a checkpoint."""

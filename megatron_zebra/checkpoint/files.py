@@ -11,10 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_zebra.checkpoint.errors import CheckpointError, DiskFull
+from megatron_zebra.checkpoint.errors import CheckpointError, DiskFull, NotTaken
 from megatron_zebra.durable import sync, sync_folder
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+AWAY = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EREMOTEIO,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+)  # what a network's file system says while its server cannot be reached
 
 
 def make_folder(path: Path) -> None:
@@ -102,10 +111,11 @@ def free_bytes(path: Path) -> int:
 
 @contextlib.contextmanager
 def naming(action: str, path: Path) -> Iterator[None]:
-    """Turn the system's complaint about a full disk or a forbidden path into one line of ours."""
+    """Turn the system's complaint about a full or failing disk or a forbidden path into one line of ours."""
     try:
         yield
     except OSError as error:
         if error.errno in NO_ROOM:
             raise DiskFull(f"{action} {path}: {error.strerror} ({free_bytes(path):,} bytes free)") from error
-        raise CheckpointError(f"{action} {error.filename or path}: {error.strerror or error}") from error
+        kind = NotTaken if error.errno in AWAY else CheckpointError
+        raise kind(f"{action} {error.filename or path}: {error.strerror or error}") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_zebra.checkpoint import catalog
 from megatron_zebra.checkpoint.background import Background, HostCopies
 from megatron_zebra.checkpoint.collective import Collective
-from megatron_zebra.checkpoint.errors import CheckpointError, DiskFull
+from megatron_zebra.checkpoint.errors import CheckpointError, NotTaken
 from megatron_zebra.checkpoint.mirror import Mirror
 from megatron_zebra.checkpoint.save import Saved
 from megatron_zebra.config.sections import Config
@@ -55,7 +55,7 @@ class Saver:
         """Save, after the end of the save before. Where nothing comes ``last``, this waits to the end.
 
         Raises:
-            DiskFull: in the last one; before it that is a warning, since a later save may mend it.
+            NotTaken: in the last one; before it that is a warning, since a later save may find it mended.
         """
         began = time.monotonic()
         self.tell(None)
@@ -103,7 +103,7 @@ class Saver:
     def _report(self, act: Callable[[], Saved | None], last: bool) -> None:
         try:
             saved = act()
-        except DiskFull as error:
+        except NotTaken as error:
             if last:
                 raise
             self.console.say(f"warning: step {self.saving} was not saved: {error}")

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron_zebra.checkpoint.files import NO_ROOM
+from megatron_zebra.checkpoint.files import AWAY, NO_ROOM
 from megatron_zebra.config.sections import Config
 from megatron_zebra.errors import UserError
 from megatron_zebra.evaluation.loss import Evaluated
@@ -20,7 +20,7 @@ class Sinks:
         self, config: Config, folder: Path, restored_step: int, enabled: bool, say: Callable[[str], None]
     ) -> None:
         """``say``: for what goes wrong and need not end the run."""
-        self._say, self._full = say, False
+        self._say, self._waiting = say, False
         self.outputs: list[Logger] = []
         self.evaluations: MetricsFile | None = None
         if enabled:
@@ -58,14 +58,16 @@ class Sinks:
 
     @contextlib.contextmanager
     def _telling(self, record: Record) -> Iterator[None]:
-        """A disk without room is a warning, once until there is room again: what it does not take is kept, and written later."""
+        """A full or failing disk is a warning, once until it takes them again: what it does not take is kept, and written later."""
         try:
             yield
         except OSError as error:
-            if error.errno not in NO_ROOM:
+            if error.errno not in NO_ROOM + AWAY:
                 raise UserError(f"metrics of step {record['step']} cannot be written: {error.strerror}") from None
-            if not self._full:
-                self._say(f"warning: metrics from step {record['step']} on wait for room: {error.strerror}")
-            self._full = True
+            if not self._waiting:
+                self._say(
+                    f"warning: metrics from step {record['step']} on are kept until the disk takes them: {error.strerror}"
+                )
+            self._waiting = True
         else:
-            self._full = False
+            self._waiting = False

@@ -11,6 +11,7 @@ import pytest
 from megatron_zebra.checkpoint import (
     CheckpointError,
     DiskFull,
+    NotTaken,
     catalog,
     files,
     find_latest_good,
@@ -220,7 +221,7 @@ def test_a_full_disk_keeps_the_older_checkpoint_and_leaves_nothing(tmp_path, mon
 
 def test_one_rank_without_room_or_with_any_error_stops_all(tmp_path, monkeypatch):
     saved(save_step(tmp_path, 1))
-    for code, kind in ((errno.EDQUOT, DiskFull), (errno.EIO, CheckpointError)):
+    for code, kind in ((errno.EDQUOT, DiskFull), (errno.EIO, NotTaken), (errno.EACCES, CheckpointError)):
         with monkeypatch.context() as patch:
             fill(patch, 2, code, only="rank-00001")
             results = save_step(tmp_path, 2, world_size=3)

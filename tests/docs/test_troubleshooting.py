@@ -19,7 +19,7 @@ TOLD = [
 ]
 QUOTES = [quote for row in rows(PAGE) for quote in quoted(row[0]) if "…" in quote or " " in quote]
 ERRORS = {
-    "UserError", "RankLost", "NoDocumentLeft", "CheckpointError", "DamagedCheckpoint", "DiskFull", "IncompleteCheckpoint", "OtherFormat",
+    "UserError", "RankLost", "NoDocumentLeft", "CheckpointError", "DamagedCheckpoint", "DiskFull", "IncompleteCheckpoint", "NotTaken", "OtherFormat",
 }  # fmt: skip
 # Words with which a message says what to do. One without any of them belongs into the page.
 CURES = (

@@ -58,15 +58,26 @@ def test_a_full_disk_is_a_warning_and_what_waited_is_written(tmp_path: Path) -> 
         sinks.write({"step": 3})
         metrics._file = full  # type: ignore[attr-defined]
         sinks.write({"step": 4})
-    left = "wait for room: No space left on device"
+    left = "are kept until the disk takes them: No space left on device"
     assert said == [f"warning: metrics from step {step} on {left}" for step in (1, 4)]
     assert steps(tmp_path / "metrics.jsonl") == [1, 2, 3]
     disk.close()
 
 
+def test_a_server_that_is_away_is_a_warning(tmp_path: Path) -> None:
+    said: list[str] = []
+    away = OSError(errno.ESTALE, "Stale file handle")
+    with Sinks(small(), tmp_path, 0, True, said.append) as sinks:
+        with patch.object(MetricsFile, "_write", side_effect=away):
+            sinks.write({"step": 1})
+        sinks.write({"step": 2})
+    assert said == ["warning: metrics from step 1 on are kept until the disk takes them: Stale file handle"]
+    assert steps(tmp_path / "metrics.jsonl") == [1, 2]
+
+
 def test_another_fault_of_the_disk_is_one_line(tmp_path: Path) -> None:
-    error = OSError(errno.EIO, "Input/output error")
-    told = pytest.raises(UserError, match="metrics of step 1 cannot be written: Input/output error")
+    error = OSError(errno.EACCES, "Permission denied")
+    told = pytest.raises(UserError, match="metrics of step 1 cannot be written: Permission denied")
     with (
         Sinks(small(), tmp_path, 0, True, print) as sinks,
         patch.object(MetricsFile, "_write", side_effect=error),

@@ -1,9 +1,10 @@
 """Saves beside training: what was copied is what is written, however far training has gone on since."""
 
+import errno
 import shutil
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from unittest.mock import patch
 
 import pytest
@@ -82,6 +83,29 @@ def test_a_full_disk_is_told_once_the_save_beside_training_met_it(run_distribute
     assert seen.error is None
     assert [line for line in said if line.startswith("warning: step 2 was not saved: ")]
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == ["step-00000004", "step-00000006"]
+
+
+def test_a_server_that_is_away_for_a_while_does_not_end_the_run(run_distributed: Any, tmp_path: Path) -> None:
+    outcomes = run_distributed(away_at_first, 2, tmp_path, QUICK | {"checkpoint__interval": 2})
+    said = [line for _, lines in outcomes for line in lines]
+    assert [seen.error for seen, _ in outcomes] == [None, None]
+    assert [
+        line for line in said if line.startswith("warning: step 2 was not saved: ") and "Input/output error" in line
+    ]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == ["step-00000004", "step-00000006"]
+
+
+def away_at_first(grid: Grid, folder: Path, overrides: dict[str, Any]) -> tuple[Seen, list[str]]:
+    said: list[str] = []
+    write = files.write
+
+    def failing(file: BinaryIO, data: Any) -> None:
+        if "step-00000002" in file.name and grid.rank == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        write(file, data)
+
+    with patch.object(files, "write", failing), patch.object(Console, "say", lambda self, text: said.append(text)):
+        return run(grid, folder, overrides), said
 
 
 def no_room_at_first(grid: Grid, folder: Path, overrides: dict[str, Any]) -> tuple[Seen, list[str]]:
