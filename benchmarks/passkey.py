@@ -54,7 +54,7 @@ SETTINGS = {
     "training.micro_batch_size": 1,
     "training.precision": "fp32",
     "optimizer.learning_rate": 2e-3,
-    "optimizer.schedule": "wsd",
+    "optimizer.schedule": "cosine",
     "optimizer.warmup_steps": 100,
     "checkpoint.interval": 500,
     "checkpoint.keep_last": 1,

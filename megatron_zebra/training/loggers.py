@@ -1,14 +1,16 @@
 """Optional places that metrics go to beside metrics.jsonl; only the main rank has them."""
 
 import os
+import platform
 import secrets
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_zebra.config.load import to_yaml
 from megatron_zebra.config.sections import Config
 from megatron_zebra.errors import UserError
-from megatron_zebra.training.metrics import Record
+from megatron_zebra.training.metrics import Appended, Record
 from megatron_zebra.training.run_folder import writing
 
 
@@ -31,23 +33,38 @@ def open_loggers(config: Config, folder: Path, restored_step: int) -> list[Logge
 
 
 class TensorBoard:
-    """Events in the run folder; those after the restored step are purged when a run resumes."""
+    """Events in the run folder; those after the restored step are purged when a run resumes.
+
+    They are written at once: torch's SummaryWriter writes on a thread that a full disk ends for good.
+    """
 
     def __init__(self, folder: Path, restored_step: int) -> None:
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.compat.proto.summary_pb2 import Summary
+            from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError:
             raise UserError(
                 "logging.tensorboard = true: needs the package tensorboard (pip install tensorboard)"
             ) from None
-        self._writer = SummaryWriter(str(folder), purge_step=restored_step + 1 if restored_step else None)
+        self._event, self._summary = Event, Summary
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+            name = f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{platform.node()}.{os.getpid()}"
+            self._records = RecordWriter(Appended((folder / name).open("ab", buffering=0)))
+            self._write(0, file_version="brain.Event:2")
+            if restored_step:
+                self._write(restored_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, record: Record) -> None:
-        for name, value in _numbers(record).items():
-            self._writer.add_scalar(name, value, record["step"])
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in _numbers(record).items()]
+        self._write(record["step"], summary=self._summary(value=values))
 
     def close(self) -> None:
-        self._writer.close()
+        self._records.close()
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), step=step, **content).SerializeToString())
 
 
 class Wandb:

@@ -3,10 +3,32 @@
 import contextlib
 import json
 import math
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+
+
+class Appended:
+    """A file whose end is written without a buffer; what the disk does not take now goes before what follows."""
+
+    def __init__(self, file: FileIO) -> None:
+        self._file, self._waiting = file, b""
+
+    def write(self, data: bytes) -> None:
+        """OSError if not all could be written; the next call tries again, from the byte where this one stopped."""
+        self._waiting += data
+        self._write()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # told by write()
+            self._write()
+        self._file.close()
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
 
 class MetricsFile:
@@ -22,9 +44,9 @@ class MetricsFile:
                     if step is None or step > restored_step:
                         break
                     kept += len(line)
-        self._file = path.open("ab", buffering=0)
-        self._file.truncate(kept)
-        self._waiting = b""  # lines, or the rest of one, for which there was no room
+        end = path.open("ab", buffering=0)
+        end.truncate(kept)
+        self._records = Appended(end)
 
     def write(self, record: Record) -> None:
         """Floats as they are; nan and infinities, which JSON lacks, as null.
@@ -32,17 +54,10 @@ class MetricsFile:
         Raises:
             OSError: it could not be written; the next call tries again.
         """
-        self._waiting += json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
-        self._write()
+        self._records.write(json.dumps(_plain(record), allow_nan=False).encode() + b"\n")
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # told by write()
-            self._write()
-        self._file.close()
-
-    def _write(self) -> None:
-        while self._waiting:
-            self._waiting = self._waiting[self._file.write(self._waiting) :]
+        self._records.close()
 
 
 def _plain(value: Any) -> Any:

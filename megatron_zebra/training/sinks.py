@@ -20,7 +20,8 @@ class Sinks:
         self, config: Config, folder: Path, restored_step: int, enabled: bool, say: Callable[[str], None]
     ) -> None:
         """``say``: for what goes wrong and need not end the run."""
-        self._say, self._waiting = say, False
+        self._say = say
+        self._behind: set[object] = set()
         self.outputs: list[Logger] = []
         self.evaluations: MetricsFile | None = None
         if enabled:
@@ -41,7 +42,7 @@ class Sinks:
 
     def write(self, record: Record) -> None:
         for output in self.outputs:
-            with self._telling(record):
+            with self._telling(output, record):
                 output.write(record)
 
     def write_evaluation(self, step: int, results: dict[str, Evaluated]) -> None:
@@ -53,21 +54,21 @@ class Sinks:
             for name, result in results.items()
         }
         record: Record = {"step": step, "sets": sets}
-        with self._telling(record):
+        with self._telling(self.evaluations, record):
             self.evaluations.write(record)
 
     @contextlib.contextmanager
-    def _telling(self, record: Record) -> Iterator[None]:
+    def _telling(self, output: object, record: Record) -> Iterator[None]:
         """A full or failing disk is a warning, once until it takes them again: what it does not take is kept, and written later."""
         try:
             yield
         except OSError as error:
             if error.errno not in NO_ROOM + AWAY:
                 raise UserError(f"metrics of step {record['step']} cannot be written: {error.strerror}") from None
-            if not self._waiting:
+            if not self._behind:
                 self._say(
                     f"warning: metrics from step {record['step']} on are kept until the disk takes them: {error.strerror}"
                 )
-            self._waiting = True
+            self._behind.add(output)
         else:
-            self._waiting = False
+            self._behind.discard(output)

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_zebra.errors import UserError
 from megatron_zebra.training.loggers import TensorBoard, Wandb
-from megatron_zebra.training.metrics import MetricsFile
+from megatron_zebra.training.metrics import Appended, MetricsFile
 from megatron_zebra.training.sinks import Sinks
 from tests.training.cases import small
 
@@ -51,12 +51,13 @@ def test_a_full_disk_is_a_warning_and_what_waited_is_written(tmp_path: Path) -> 
     said: list[str] = []
     with open("/dev/full", "ab", buffering=0) as full, Sinks(small(), tmp_path, 0, True, said.append) as sinks:
         (metrics,) = sinks.outputs
-        disk, metrics._file = metrics._file, full  # type: ignore[attr-defined]
+        records = metrics._records  # type: ignore[attr-defined]
+        disk, records._file = records._file, full
         sinks.write({"step": 1})
         sinks.write({"step": 2})
-        metrics._file = disk  # type: ignore[attr-defined]
+        records._file = disk
         sinks.write({"step": 3})
-        metrics._file = full  # type: ignore[attr-defined]
+        records._file = full
         sinks.write({"step": 4})
     left = "are kept until the disk takes them: No space left on device"
     assert said == [f"warning: metrics from step {step} on {left}" for step in (1, 4)]
@@ -68,7 +69,7 @@ def test_a_server_that_is_away_is_a_warning(tmp_path: Path) -> None:
     said: list[str] = []
     away = OSError(errno.ESTALE, "Stale file handle")
     with Sinks(small(), tmp_path, 0, True, said.append) as sinks:
-        with patch.object(MetricsFile, "_write", side_effect=away):
+        with patch.object(Appended, "_write", side_effect=away):
             sinks.write({"step": 1})
         sinks.write({"step": 2})
     assert said == ["warning: metrics from step 1 on are kept until the disk takes them: Stale file handle"]
@@ -80,7 +81,7 @@ def test_another_fault_of_the_disk_is_one_line(tmp_path: Path) -> None:
     told = pytest.raises(UserError, match="metrics of step 1 cannot be written: Permission denied")
     with (
         Sinks(small(), tmp_path, 0, True, print) as sinks,
-        patch.object(MetricsFile, "_write", side_effect=error),
+        patch.object(Appended, "_write", side_effect=error),
         told,
     ):
         sinks.write({"step": 1})
@@ -105,6 +106,24 @@ def test_tensorboard_has_every_step_once_after_a_resume(tmp_path: Path) -> None:
         (1, 1.0), (2, 2.0), (3, 3.0), (4, 16.0), (5, 20.0), (6, 24.0)
     ]  # fmt: skip
     assert "mfu" not in events.Tags()["scalars"]
+
+
+def test_tensorboard_has_every_step_once_after_a_full_disk(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    said: list[str] = []
+    with (
+        open("/dev/full", "ab", buffering=0) as full,
+        Sinks(small(logging__tensorboard=True), tmp_path, 0, True, said.append) as sinks,
+    ):
+        records = sinks.outputs[1]._records._writer  # type: ignore[attr-defined]
+        disk = records._file
+        for step in range(1, 5):
+            records._file = full if step in (2, 3) else disk
+            sinks.write({"step": step, "loss": 0.5 * step})
+    assert len(said) == 1
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]
 
 
 class FakeRun:
