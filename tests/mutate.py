@@ -899,6 +899,20 @@ MUTATIONS = [
         "whole for kind",
         "tests/docs/test_pictures.py",
     ),
+    Mutation(
+        "a server that is away for a while ends the run",
+        "megatron_zebra/checkpoint/files.py",
+        "NotTaken if error.errno in AWAY else CheckpointError",
+        "CheckpointError",
+        "tests/training/test_saver.py -k away",
+    ),
+    Mutation(
+        "what a full disk did not take is lost",
+        "megatron_zebra/training/metrics.py",
+        "        self._waiting += data\n",
+        "        self._waiting = data\n",
+        "tests/training/test_metrics.py",
+    ),
 ]
 
 
