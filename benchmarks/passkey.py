@@ -32,9 +32,9 @@ from megatron_zebra.evaluation.retrieval.tasks import Counts
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST, SHORTEST, WINDOW, LAYERS = 1024, 64, 32, 4
 PHASES = {
-    "short": (160, 0.6),
-    "long": (LONGEST, 0.4),
-}  # longest text, share of the steps: short ones hold more answers
+    "short": (160, 0.5, "wsd"),
+    "long": (LONGEST, 0.5, "cosine"),
+}  # longest text, share of the steps, learning rate: short ones hold more answers
 LENGTHS = (64, 96, 128, 160, 192, 256, 512, 1024)
 ROWS = 4
 TRAINING_SEED = 1  # the evaluation's is 0
@@ -54,7 +54,6 @@ SETTINGS = {
     "training.micro_batch_size": 1,
     "training.precision": "fp32",
     "optimizer.learning_rate": 2e-3,
-    "optimizer.schedule": "cosine",
     "optimizer.warmup_steps": 100,
     "checkpoint.interval": 500,
     "checkpoint.keep_last": 1,
@@ -80,7 +79,7 @@ def prepare(folder: Path, steps: int) -> None:
     vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.eod_id, tokenizer.hash, tokenizer.kind, tokenizer.name)
     haystack = open_haystack([str(folder / "train.jsonl")], tokenizer, LONGEST, False)
     frame, generator = frame_of(tokenizer, None), np.random.default_rng(TRAINING_SEED)
-    for phase, (longest, share) in PHASES.items():
+    for phase, (longest, share, _) in PHASES.items():
         with PairWriter(folder / phase, vocabulary, force=True, masked=True) as writer:
             while writer.tokens < share * steps * ROWS * LONGEST:
                 length = int(SHORTEST * (longest / SHORTEST) ** generator.random())
@@ -98,12 +97,13 @@ def prepare(folder: Path, steps: int) -> None:
 def train(folder: Path, name: str, steps: int) -> subprocess.Popen[bytes]:
     """Both phases of one model, one after the other, beside what else runs."""
     commands, load = [], []
-    for phase, (_, share) in PHASES.items():
+    for phase, (_, share, schedule) in PHASES.items():
         settings = SETTINGS | {
             "model.layer_kinds": f"[{MODELS[name]}]",
             "data.train": f"[{folder / phase}]",
             "data.tokenizer": folder / "tokenizer.model",
             "training.steps": int(share * steps),
+            "optimizer.schedule": schedule,
             "logging.run_dir": folder / name / phase,
         }
         words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
@@ -115,7 +115,7 @@ def train(folder: Path, name: str, steps: int) -> subprocess.Popen[bytes]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("passkey"))
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3600)
     options = parser.parse_args()
     folder = options.output.resolve()
     prepare(folder, options.steps)
