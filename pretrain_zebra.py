@@ -39,7 +39,7 @@ def _run(config: Config, line: load.CommandLine, world_size: int, rank: int) -> 
     from megatron_zebra.config.derived import longest_sequence
     from megatron_zebra.model.architecture import resolve
     from megatron_zebra.training.inputs import open_inputs
-    from megatron_zebra.training.run_folder import locked, run_folder, write_description
+    from megatron_zebra.training.run_folder import locked, run_folder
 
     folder = run_folder(config, line.config)
     teacher, differs = None, []
@@ -73,8 +73,6 @@ def _run(config: Config, line: load.CommandLine, world_size: int, rank: int) -> 
     from megatron_zebra.training.loop import train
 
     with locked(folder) if rank == 0 else contextlib.nullcontext():
-        if rank == 0:
-            write_description(folder, config, world_size, arch.vocab_size)
         parallel, same = config.parallel, facts(config.model_dump() | {"fingerprint of the data": inputs.fingerprint()})
         with world(
             parallel.device,

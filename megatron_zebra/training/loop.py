@@ -31,7 +31,7 @@ from megatron_zebra.training.console import Console
 from megatron_zebra.training.diagnose import Diagnostics
 from megatron_zebra.training.inputs import Inputs
 from megatron_zebra.training.metrics import Record
-from megatron_zebra.training.run_folder import rank_log
+from megatron_zebra.training.run_folder import rank_log, write_description
 from megatron_zebra.training.saver import Saver
 from megatron_zebra.training.schedule import global_batch_size, learning_rate
 from megatron_zebra.training.sinks import Sinks
@@ -60,6 +60,8 @@ def train(config: Config, arch: Architecture, inputs: Inputs, folder: Path, grid
     trained = build_training(config, arch, grid)
     collective = WorldCollective(grid)
     progress, notes = start(config, arch, inputs, folder, trained.optimizer, collective)
+    if grid.is_main:  # not before: what cannot go on here leaves the folder as it was
+        write_description(folder, config, grid.world_size, arch.vocab_size)
     console = Console(grid.is_main, config.training.steps, progress.step, config.logging.interval)
     saver = Saver(config, arch, folder, trained.optimizer, grid, console)
     returns: Counter[int] = Counter()

@@ -35,15 +35,17 @@ class MetricsFile:
     """Appends records; each is on its way to the disk before the next step begins."""
 
     def __init__(self, path: Path, restored_step: int) -> None:
-        """Keep the whole lines of steps up to ``restored_step`` and drop what follows (also a line cut by a crash)."""
-        kept = 0
+        """Keep what is up to the last whole line of a step up to ``restored_step``, and drop what follows."""
+        kept = place = 0
         if path.exists():
             with path.open("rb") as file:
                 for line in file:
+                    place += len(line)
                     step = _step(line)
-                    if step is None or step > restored_step:
+                    if step is not None and step > restored_step:
                         break
-                    kept += len(line)
+                    if step is not None:  # a line that nobody can read costs none of those after it
+                        kept = place
         end = path.open("ab", buffering=0)
         end.truncate(kept)
         self._records = Appended(end)

@@ -60,7 +60,7 @@ def write_description(folder: Path, config: Config, world_size: int, vocab_size:
     file, text = folder / "config.yaml", to_yaml(config)
     with writing(file):
         if file.exists() and file.read_bytes() != text.encode():
-            file.rename(folder / f"config.until-{datetime.now():%Y%m%d-%H%M%S}.yaml")
+            put_by(file)
         _write(file, text)
     environment = {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -95,6 +95,11 @@ def rank_log(folder: Path, rank: int) -> logging.Logger:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     return logger
+
+
+def put_by(file: Path) -> Path:
+    """Give a file of a former run a name of its own, config.until-20260131-120000.yaml; that path."""
+    return file.rename(file.with_name(f"{file.stem}.until-{datetime.now():%Y%m%d-%H%M%S}{file.suffix}"))
 
 
 @contextmanager

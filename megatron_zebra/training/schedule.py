@@ -43,6 +43,17 @@ def rows_before(config: Config, step: int) -> int:
     return rows + step * config.training.global_batch_size
 
 
+def row_order(config: Config) -> list[str]:
+    """What numbers the rows of a run beside its data and its seed, a line each."""
+    lengths = [f"{length} for {rows} rows" if rows else str(length) for rows, length in sequence_phases(config)]
+    weights = [source.weight for source in config.data.train]
+    return [
+        f"sequence lengths {', then '.join(lengths)}",
+        f"data.packing {config.data.packing}",
+        f"weights of data.train {', '.join(f'{weight / sum(weights):.6g}' for weight in weights)}",
+    ]
+
+
 def sequence_phases(config: Config) -> list[tuple[int | None, int]]:
     """(rows, sequence length) of each phase of the sequence-length schedule; rows of the last is None: no end."""
     phases: list[tuple[int | None, int]] = []

@@ -10,7 +10,7 @@ from megatron_zebra.errors import UserError
 from megatron_zebra.evaluation.loss import Evaluated
 from megatron_zebra.training.loggers import Logger, open_loggers
 from megatron_zebra.training.metrics import MetricsFile, Record
-from megatron_zebra.training.run_folder import writing
+from megatron_zebra.training.run_folder import put_by, writing
 
 
 class Sinks:
@@ -25,6 +25,9 @@ class Sinks:
         self.outputs: list[Logger] = []
         self.evaluations: MetricsFile | None = None
         if enabled:
+            if not restored_step:
+                self._put_by(folder / "metrics.jsonl")
+                self._put_by(folder / "evaluation.jsonl")
             with writing(folder / "metrics.jsonl"):
                 metrics = MetricsFile(folder / "metrics.jsonl", restored_step)
             with writing(folder / "evaluation.jsonl"):
@@ -39,6 +42,12 @@ class Sinks:
             output.close()
         if self.evaluations is not None:
             self.evaluations.close()
+
+    def _put_by(self, file: Path) -> None:
+        """A run that begins anew where another was overwrites nothing: its checkpoints may only be away."""
+        with writing(file):
+            if file.exists() and file.stat().st_size:
+                self._say(f"warning: {file} is of a run that has no checkpoint here: kept as {put_by(file).name}")
 
     def write(self, record: Record) -> None:
         for output in self.outputs:

@@ -16,7 +16,7 @@ from megatron_zebra.parallel.process import WorldCollective
 from megatron_zebra.training.adopt import goes_on
 from megatron_zebra.training.adopt import notes as described
 from megatron_zebra.training.inputs import Inputs
-from megatron_zebra.training.schedule import rows_before
+from megatron_zebra.training.schedule import row_order, rows_before
 from megatron_zebra.training.state import Progress, restore, restore_weights, resume_state
 
 
@@ -39,7 +39,7 @@ def start(
         notes += more
     if config.data.tokenizer is not None and collective.rank == 0:
         keep_tokenizer(Path(config.data.tokenizer), folder)  # after what checkpoint.load brings
-    fresh = Progress(seed=config.training.seed, data=inputs.fingerprint())
+    fresh = Progress(seed=config.training.seed, data=inputs.fingerprint(), order=row_order(config))
     if progress is None or progress.step == 0:
         return fresh, notes
     if (progress.data, progress.seed) != (fresh.data, fresh.seed):
@@ -49,14 +49,20 @@ def start(
                 f"{progress.step}; begin a new run (checkpoint.load, checkpoint.load_part: weights), or leave the schedule out"
             )
         notes.append("the training data or training.seed is another than before: its rows are read from the first one")
-        return replace(progress, consumed_rows=0, data=fresh.data, seed=fresh.seed), notes
+        return replace(progress, consumed_rows=0, data=fresh.data, seed=fresh.seed, order=fresh.order), notes
     expected = rows_before(config, progress.step)
     if config.data.sequence_schedule and expected != progress.consumed_rows:
         raise UserError(
             f"data.sequence_schedule: step {progress.step} had consumed {progress.consumed_rows} rows, with this configuration it would be "
             f"{expected}; keep the global batch of the steps already done"
         )
-    return progress, notes
+    if progress.order != fresh.order:
+        notes += [
+            f"{now} (before: {before}): training rows have another order now, so that some are read again and others left out"
+            for before, now in zip(progress.order, fresh.order)  # none where an older checkpoint does not tell
+            if before != now
+        ]
+    return replace(progress, order=fresh.order), notes
 
 
 def _newest(mirror: str | None, root: Path, collective: WorldCollective) -> tuple[Found, list[str]]:

@@ -33,7 +33,8 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. ``data`` names the training data that ``consumed_rows`` counts in, ``usual`` what losses it had."""
+    """How far a run is. ``data`` names the training data that ``consumed_rows`` counts in,
+    ``order`` how that numbers its rows, ``usual`` what losses it had."""
 
     __pydantic_config__ = READ_BACK
 
@@ -45,6 +46,7 @@ class Progress:
     updates: Count = 0
     seed: Count = 0
     data: list[str] = field(default_factory=list)
+    order: list[str] = field(default_factory=list)
     usual: Usual = field(default_factory=Usual)
 
 

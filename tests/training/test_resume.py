@@ -128,6 +128,39 @@ def test_a_loaded_run_goes_on_with_the_schedule_or_restarts_it(run_distributed: 
     assert rates["restart"][:3] == pytest.approx(warm_up)
 
 
+def test_a_start_that_is_refused_leaves_the_configuration_that_ran(run_distributed: Any, tmp_path: Path) -> None:
+    run_distributed(run, 1, tmp_path, QUICK | {"training__steps": 2})
+    before = (tmp_path / "config.yaml").read_text()
+    (seen,) = run_distributed(run, 1, tmp_path, QUICK | {"training__steps": 4, "model__ffn_hidden_size": 40})
+    assert seen.error is not None
+    assert "another model" in seen.error
+    assert (tmp_path / "config.yaml").read_text() == before
+    run_distributed(run, 1, tmp_path, QUICK | {"training__steps": 4})
+    assert "steps: 4" in (tmp_path / "config.yaml").read_text()
+
+
+def test_metrics_of_a_run_whose_checkpoints_are_gone_are_kept(run_distributed: Any, tmp_path: Path) -> None:
+    run_distributed(run, 1, tmp_path, QUICK | {"training__steps": 3})
+    before = (tmp_path / "metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "checkpoints")
+    run_distributed(run, 1, tmp_path, QUICK | {"training__steps": 2})
+    assert [record["step"] for record in metrics(tmp_path)] == [1, 2]
+    (kept,) = tmp_path.glob("metrics.until-*.jsonl")
+    assert kept.read_text() == before
+
+
+def test_another_order_of_rows_is_said(run_distributed: Any, tmp_path: Path) -> None:
+    run_distributed(run, 1, tmp_path, QUICK | {"training__steps": 2})
+    run_distributed(run, 1, tmp_path, QUICK | {"training__steps": 3})
+    assert "another order now" not in log(tmp_path)
+    half = {"data__sequence_length": 24}
+    run_distributed(run, 1, tmp_path, QUICK | half | {"training__steps": 4})
+    assert "sequence lengths 24 (before: sequence lengths 48): training rows have another order now" in log(tmp_path)
+    run_distributed(run, 1, tmp_path, QUICK | half | {"training__steps": 5})
+    assert log(tmp_path).count("another order now") == 1
+    assert [record["consumed_rows"] for record in metrics(tmp_path)] == [4, 8, 12, 16, 20]
+
+
 def test_other_data_is_read_from_its_beginning_and_it_is_said(run_distributed: Any, tmp_path: Path) -> None:
     run_distributed(run, 1, tmp_path, QUICK | {"training__steps": 2})
     run_distributed(run, 1, tmp_path, QUICK | {"training__steps": 4, "training__seed": 4})
