@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_zebra.errors import UserError
-from megatron_zebra.launching import with_deepspeed
+from megatron_zebra.launching import with_deepspeed, with_torchrun
 from megatron_zebra.launching.with_deepspeed import Nodes
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +82,14 @@ def test_stopped_under_torchrun_and_ended_under_deepspeed(tmp_path: Path) -> Non
             "--rdzv-endpoint a:70000: must be HOST or HOST:PORT, a port",
         ),
         (TORCHRUN, ["--rdzv-endpoint", "a:0", *DEBUG], "--rdzv-endpoint a:0: must be HOST or HOST:PORT, a port from 1"),
+        (TORCHRUN, ["--nproc_per_node", "3", *DEBUG], "training.global_batch_size = 8: must be a multiple of"),
+        (TORCHRUN, ["--nnodes=2", "--rdzv_endpoint=a_b:0", *DEBUG], "--rdzv-endpoint a_b:0: must be HOST or HOST:PORT"),
+        (TORCHRUN, ["--max_restarts=-1", *DEBUG], "--nproc-per-node must be 1 or more, --max-restarts 0 or more"),
+        (
+            TORCHRUN,
+            ["--log_dir", "/proc/x", *DEBUG],
+            "--log-dir /proc/x: cannot be written (No such file or directory)",
+        ),
         (TORCHRUN, ["--nproc-per-node", "2"], "--config FILE is missing"),
         (
             TORCHRUN,
@@ -122,6 +130,12 @@ def test_a_dry_run_or_help_is_shown_and_nothing_starts(
     assert out.startswith(begins)
     assert out.count(holds) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_only_names_of_options_are_spelt_with_dashes() -> None:
+    words = ["--rdzv_id", "my_run", "--rdzv_conf=a_b=c_d", "-t", "--no_check", "--nnodes", "2"]
+    spelt = ["--rdzv-id", "my_run", "--rdzv-conf=a_b=c_d", "-t", "--no-check", "--nnodes", "2"]
+    assert with_torchrun.dashed(words) == spelt
 
 
 def test_deepspeed_counts_the_slots_of_its_hostfile(tmp_path: Path) -> None:
