@@ -9,9 +9,13 @@
 Overrides are those of pretrain_zebra.py. Memory and bytes are the formulas of its dry run. Times are a roofline whose constants
 were fitted on one H200: good for choosing, not for promising. Nothing but the configuration is read, no data and no model;
 one that a recipe would load must have its sizes in the model section.
+
+The exit code is 0, also where the layout that is asked for does not fit, which a line at the end says; 1 where --search finds
+none that fits; 2 for a mistake.
 """
 
 import argparse
+import sys
 from math import inf
 from pathlib import Path
 
@@ -84,13 +88,15 @@ def _plan(arguments: argparse.Namespace, config: Config, device: object) -> None
     if arguments.search:
         plans, refused = search(arch, config, arguments.gpus, machine)
         print(table.ranked(plans[: arguments.show], len(plans), tokens))
-        print(table.refusals(refused))
+        print(table.refusals(refused), flush=True)
         if not plans:
-            return
+            sys.exit(1)
         chosen = plans[0].config
     wanted = plan(arch, chosen, arguments.gpus, machine)
     print(table.details(wanted, arch, tokens))
     print(f"\n# in short\n  {table.in_short(wanted, tokens)}")
+    if line := table.too_much(wanted, machine):
+        print(line)
     if arguments.lengths:
         found = at_lengths(arch, chosen, arguments.gpus, machine, sorted(arguments.lengths))
         print(table.by_length(found, arguments.lengths))

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,9 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def rehearsed(words: list[str], world_sizes: Sequence[int]) -> Training:
     """Dry-run ``words`` on each number of processes. No process is started and torch is not imported.
 
+    Where ``words`` ask for no more than that, or for help, it is shown (of the last number) and this process ends: the run
+    would not come to its last step, and whoever starts it again on that (AGAIN) would do so for ever.
+
     Raises:
         UserError: what the dry run says, or that there are no words.
     """
@@ -41,12 +45,22 @@ def rehearsed(words: list[str], world_sizes: Sequence[int]) -> Training:
         raise UserError(
             "--config FILE is missing; options of the launcher stand before it, --section.key VALUE after it"
         )
+    try:
+        line = load.parse_words(words)
+    except UserError as error:
+        raise UserError(str(error), mine=True) from None
+    if line.dry_run and line.world_size:
+        world_sizes = [line.world_size]
+    out = err = io.StringIO()
     for size in world_sizes:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = pretrain_zebra.main([*words, "--dry-run", "--world-size", str(size)])
         if code:
             raise UserError(err.getvalue().strip().removeprefix("error: "), mine=True)
-    line = load.parse_words(words)
+    if line.help or line.dry_run:
+        print(err.getvalue(), end="", file=sys.stderr)
+        print(out.getvalue(), end="", flush=True)
+        sys.exit(0)
     config = load.load_config(line.config, line.overrides)
     return Training(words, config, run_folder(config, line.config))

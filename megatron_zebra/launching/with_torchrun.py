@@ -9,6 +9,8 @@ import os
 import re
 import socket
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_zebra.errors import UserError, run_tool
@@ -22,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         "launch/torchrun.sh",
         usage="bash launch/torchrun.sh [OPTION ...] --config FILE [--section.key VALUE ...]",
-        epilog="Every other option before --config goes to torchrun as it is.",
+        epilog="Every other option before --config goes to torchrun as it is. --like_this is the same as --like-this.",
         allow_abbrev=False,
     )
     top.add_argument("--nnodes", default="1", metavar="N", help="nodes, or MIN:MAX (default: 1)")
@@ -30,13 +32,16 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--rdzv-endpoint", metavar="HOST[:PORT]", help=f"where the nodes meet: one of them (port: {PORT})")
     top.add_argument("--rdzv-id", default="zebra", metavar="NAME", help="the same on all nodes of a run")
     top.add_argument("--max-restarts", type=int, default=0, metavar="N", help="starts after a failure (default: 0)")
+    top.add_argument(
+        "--log-dir", type=Path, metavar="DIR", help="for what the processes write (default: in the run folder)"
+    )
     top.add_argument("--no-check", action="store_true", help="leave out the check of the nodes")
     return top
 
 
 def main() -> None:
     words, training_words = split(sys.argv[1:])
-    options, others = parser().parse_known_args(words)
+    options, others = parser().parse_known_args(dashed(words))
     nodes = re.fullmatch(r"([1-9]\d{0,5})(?::([1-9]\d{0,5}))?", options.nnodes)
     if nodes is None:
         raise UserError(f"--nnodes {options.nnodes}: must be a whole number from 1, or MIN:MAX")
@@ -49,7 +54,7 @@ def main() -> None:
     training = rehearsed(training_words, sorted({least * processes, most * processes}))
     node0 = _node0(options.rdzv_endpoint) if options.rdzv_endpoint else None
     here = node0 is None or is_this_node(node0.host)
-    logs = node_logs(training)
+    logs = node_logs(training, options.log_dir)
 
     def command() -> list[str]:
         return [
@@ -68,13 +73,24 @@ def main() -> None:
     sys.exit(supervise(command, options.max_restarts, {LOST}, finished, None if here else node0))
 
 
-def node_logs(training: Training) -> Path:
+def dashed(words: Sequence[str]) -> list[str]:
+    """torchrun's options spelt one way: it takes ``--max_restarts`` for ``--max-restarts``."""
+    halves = [word.partition("=") for word in words]
+    return [
+        name.replace("_", "-") + equals + value if name.startswith("--") else name + equals + value
+        for name, equals, value in halves
+    ]
+
+
+def node_logs(training: Training, given: Path | None) -> Path:
     """Where this node's processes write: a folder for each start, in it attempt_N/LOCAL_RANK/stdout.log and stderr.log."""
-    folder = training.folder / "logs" / f"node-{socket.gethostname()}"
+    folder = given or training.folder / "logs" / f"node-{socket.gethostname()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f"logging.run_dir = {training.folder}: cannot be written ({error.strerror})") from None
+        name = f"--log-dir {given}" if given else f"logging.run_dir = {training.folder}"
+        raise UserError(f"{name}: cannot be written ({error.strerror})") from None
     return folder
 
 

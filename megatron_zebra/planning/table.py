@@ -96,6 +96,14 @@ def in_short(plan: Plan, tokens: float) -> str:
     )
 
 
+def too_much(plan: Plan, machine: Machine) -> str:
+    """That the fullest rank needs more than a GPU has, in one line; nothing where it fits."""
+    needed, held = plan.memory.total, machine.device.memory_bytes
+    if needed <= held:
+        return ""
+    return f"  does not fit: {needed / GIB:,.2f} GiB of {held / GIB:.0f} GiB a GPU (--search shows which layouts do)"
+
+
 def by_length(found: Mapping[int, tuple[Plan, Plan]], asked: Collection[int]) -> str:
     """Zebra beside full attention."""
     lines = [

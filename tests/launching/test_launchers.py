@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_zebra.errors import UserError
-from megatron_zebra.launching import with_deepspeed
+from megatron_zebra.launching import with_deepspeed, with_torchrun
 from megatron_zebra.launching.with_deepspeed import Nodes
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +82,21 @@ def test_stopped_under_torchrun_and_ended_under_deepspeed(tmp_path: Path) -> Non
             "--rdzv-endpoint a:70000: must be HOST or HOST:PORT, a port",
         ),
         (TORCHRUN, ["--rdzv-endpoint", "a:0", *DEBUG], "--rdzv-endpoint a:0: must be HOST or HOST:PORT, a port from 1"),
+        (TORCHRUN, ["--nproc_per_node", "3", *DEBUG], "training.global_batch_size = 8: must be a multiple of"),
+        (TORCHRUN, ["--nnodes=2", "--rdzv_endpoint=a_b:0", *DEBUG], "--rdzv-endpoint a_b:0: must be HOST or HOST:PORT"),
+        (TORCHRUN, ["--max_restarts=-1", *DEBUG], "--nproc-per-node must be 1 or more, --max-restarts 0 or more"),
+        (
+            TORCHRUN,
+            ["--log_dir", "/proc/x", *DEBUG],
+            "--log-dir /proc/x: cannot be written (No such file or directory)",
+        ),
         (TORCHRUN, ["--nproc-per-node", "2"], "--config FILE is missing"),
+        (
+            TORCHRUN,
+            ["--nproc-per-node", "3", *DEBUG, "--dry-run"],
+            "training.global_batch_size = 8: must be a multiple",
+        ),
+        (TORCHRUN, [*DEBUG, "--dry-run=1"], "'--dry-run=1' is not an option"),
         (DEEPSPEED, ["--num_gpus", "3", *DEBUG], "training.global_batch_size = 8: must be a multiple of"),
     ],
 )
@@ -94,6 +108,34 @@ def test_a_mistake_is_one_line_and_no_process(tmp_path: Path, script: str, words
     (line,) = (tmp_path / "err").read_text().splitlines()
     assert line.startswith(f"error: {error}")
     assert not run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "begins", "holds"),
+    [
+        (TORCHRUN, ["--nproc-per-node", "2", *DEBUG, "--dry-run"], "# resolved configuration", "# ranks: 2 = "),
+        (TORCHRUN, ["--nnodes=1:2", "--rdzv-endpoint=a", "--nproc-per-node=2", *DEBUG, "--dry-run"], "# r", "# ranks: 4 = "),
+        (TORCHRUN, [*DEBUG, "--dry-run", "--world-size", "8"], "# resolved configuration", "# ranks: 8 = "),
+        (TORCHRUN, [*DEBUG, "--help"], "usage: ", "training.global_batch_size"),
+        (DEEPSPEED, ["--num_gpus", "2", *DEBUG, "--dry-run"], "# resolved configuration", "# ranks: 2 = "),
+    ],
+)  # fmt: skip
+def test_a_dry_run_or_help_is_shown_and_nothing_starts(
+    tmp_path: Path, script: str, words: Sequence[str], begins: str, holds: str
+) -> None:
+    """Not 75, on which a cluster would start it again for ever."""
+    job = start(tmp_path, script, *words, "--logging.run_dir", str(tmp_path / "run"))
+    assert job.wait(60) == 0, (tmp_path / "err").read_text()
+    out = (tmp_path / "out").read_text()
+    assert out.startswith(begins)
+    assert out.count(holds) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_names_of_options_are_spelt_with_dashes() -> None:
+    words = ["--rdzv_id", "my_run", "--rdzv_conf=a_b=c_d", "-t", "--no_check", "--nnodes", "2"]
+    spelt = ["--rdzv-id", "my_run", "--rdzv-conf=a_b=c_d", "-t", "--no-check", "--nnodes", "2"]
+    assert with_torchrun.dashed(words) == spelt
 
 
 def test_deepspeed_counts_the_slots_of_its_hostfile(tmp_path: Path) -> None:

@@ -35,6 +35,28 @@ def test_a_search_prints_a_ranked_table_in_seconds(recipe: str, gpus: str) -> No
     assert "# the others" in lines
 
 
+SMALL_RECIPE = "launch/recipes/pretrain-7b-32k.yaml"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "told"),
+    [("4090", ["  does not fit: 73.24 GiB of 23 GiB a GPU (--search shows which layouts do)"]), ("h100", [])],
+)
+def test_a_layout_that_does_not_fit_is_told(gpu: str, told: list[str]) -> None:
+    done = run("--config", SMALL_RECIPE, "--gpus", "8", "--gpu", gpu, "--parallel.tp", "1")
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if "does not fit" in line] == told
+
+
+def test_a_search_in_which_nothing_fits_fails() -> None:
+    done = run("--config", SMALL_RECIPE, "--gpus", "4", "--gpu", "4090", "--search")
+    assert done.returncode == 1
+    assert "# no layout fits" in done.stdout
+    assert "more memory than a GPU's 23 GiB, with any recomputation and ZeRO stage" in done.stdout
+    assert "# in short" not in done.stdout
+    assert not done.stderr
+
+
 def test_a_layout_by_length_and_its_picture(tmp_path: Path) -> None:
     words = ["--config", RECIPE, "--gpus", "512", "--gpu", "H200", "--lengths", "32768", "131072"]
     done = run(*words, "--training.recompute", "none", "--output", str(tmp_path / "plan.png"))
