@@ -17,6 +17,10 @@ def main(words: list[str]) -> int:
         if line.help:
             print(help.help_text())
             return 0
+        if line.world_size and not line.dry_run:
+            raise UserError(
+                "--world-size counts only with --dry-run; processes are started by torchrun --nproc-per-node"
+            )
         started = launched()
         world_size = line.world_size if line.dry_run and line.world_size else started.world_size
         config = load.load_config(line.config, line.overrides)
@@ -32,6 +36,9 @@ def main(words: list[str]) -> int:
     except UserError as error:
         tell(error)
         return error.code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -56,7 +63,7 @@ def _run(config: Config, line: load.CommandLine, world_size: int, rank: int) -> 
     if config.checkpoint.mirror is not None:
         from megatron_zebra.checkpoint.mirror import Mirror
 
-        Mirror(config.checkpoint.mirror)
+        Mirror(config.checkpoint.mirror).apart_from(folder / "checkpoints")
     if line.dry_run:
         from megatron_zebra.pipeline.split import stages_of
         from megatron_zebra.planning.summary import dry_run_text

@@ -27,10 +27,39 @@ class Mirror:
         from fsspec.core import url_to_fs
 
         self.url = url.rstrip("/")
+        self._home: tuple[Any, str] | None
         try:
-            self.fs, self.root = url_to_fs(self.url)
+            self._home = url_to_fs(self.url)
         except (ImportError, ValueError) as error:
             raise CheckpointError(f"checkpoint.mirror = {url}: {error}") from None
+        except Exception:
+            self._home = None  # one that connects at once, and cannot now: told where it is used
+
+    @property
+    def fs(self) -> Any:
+        return self._opened()[0]
+
+    @property
+    def root(self) -> str:
+        return str(self._opened()[1])
+
+    def apart_from(self, checkpoints: Path) -> None:
+        """CheckpointError if this is no second home for what lies in the folder ``checkpoints``."""
+        kinds = (
+            set()
+            if self._home is None
+            else {self.fs.protocol}
+            if isinstance(self.fs.protocol, str)
+            else {*self.fs.protocol}
+        )
+        if "memory" in kinds:
+            raise CheckpointError(f"checkpoint.mirror = {self.url}: ends with the process; give a place that stays")
+        if "file" in kinds:
+            here, there = checkpoints.resolve(), Path(self.root).resolve()
+            if here == there or here in there.parents or there in here.parents:
+                raise CheckpointError(
+                    f"checkpoint.mirror = {self.url}: holds the run's own checkpoints, or lies within them; give another place"
+                )
 
     def upload(self, folder: Path, group: Collective, keep_last: int, keep_every: int) -> None:
         """Copy the complete checkpoint ``folder`` up, then remove those that the rule of ``catalog.prune`` no longer keeps."""
@@ -89,6 +118,13 @@ class Mirror:
         self._together(group, f"fetching {name} from", own)
         self._together(group, f"fetching {name} from", finish, alone=True)
         return folder
+
+    def _opened(self) -> tuple[Any, str]:
+        if self._home is None:
+            from fsspec.core import url_to_fs
+
+            self._home = url_to_fs(self.url)
+        return self._home
 
     def _entries(self) -> list[catalog.Entry]:
         self.fs.invalidate_cache()

@@ -70,8 +70,11 @@ def save(
         written = _by_all(group, lambda: write_pieces(folder, group.rank, pieces, metadata=rank_metadata))
         _by_rank_0(group, lambda: commit(folder, step, metadata, [w.entry for w in written], expected))
     except BaseException:
-        if group.rank == 0 and not (folder / layout.INDEX).exists():
-            files.remove_tree(folder)
+        with contextlib.suppress(
+            OSError
+        ):  # storage that is away keeps its half-written folder, which a later save removes
+            if group.rank == 0 and not (folder / layout.INDEX).exists():
+                files.remove_tree(folder)
         raise
     removed, newer, warning = _by_rank_0(group, lambda: _finish(root, step, folder, keep_last, keep_every, protect))
     total = sum(w.bytes for w in written)
@@ -96,10 +99,11 @@ def _finish(
 ) -> tuple[list[str], list[str], str | None]:
     with files.naming("writing", root / catalog.LATEST):
         catalog.write_latest(root, folder)
-    newer = [entry.folder.name for entry in catalog.entries(root) if entry.complete and entry.step > step]
+        found = catalog.entries(root)
+    newer = [entry.folder.name for entry in found if entry.complete and entry.step > step]
     removed: list[str] = []
     try:
-        for entry in catalog.entries(root):
+        for entry in found:
             if entry.step == step and entry.folder.name != folder.name:
                 catalog.remove_checkpoint(entry.folder)
                 removed.append(entry.folder.name)

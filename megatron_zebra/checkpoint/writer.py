@@ -133,9 +133,12 @@ def commit(
     for entry in entries:
         path = folder / entry.file
         try:
-            size = path.stat().st_size
-            text = (folder / entry.pieces_file).read_bytes()
-        except OSError as error:
+            with files.naming("looking at", path):
+                size = path.stat().st_size
+                text = (folder / entry.pieces_file).read_bytes()
+        except CheckpointError as error:
+            if not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+                raise
             raise CheckpointError(
                 f"{path}: rank {entry.rank} wrote it, but rank 0 does not see it; the folder must be one that all ranks share"
             ) from error

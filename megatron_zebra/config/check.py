@@ -246,6 +246,10 @@ def _batch(config: Config, world_size: int) -> Iterator[str]:
                 yield f"{path} = {size}: must be a multiple of micro_batch_size x data-parallel ranks = {micro} x {dp} = {micro * dp}"
             elif parallel.pp > 1:
                 yield from _micro_batches(config, path, size // (dp * micro), dp * micro)
+    for name in ("profile_steps", "memory_snapshot_steps"):
+        steps = getattr(training, name) or []
+        if min(steps, default=1) < 1:
+            yield f"training.{name} = {steps}: steps must be at least 1, the first one"
     if training.profile_steps and training.profile_steps[0] > training.profile_steps[1]:
         yield f"training.profile_steps = {training.profile_steps}: the first must not be after the last"
 

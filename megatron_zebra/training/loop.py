@@ -65,7 +65,7 @@ def train(config: Config, arch: Architecture, inputs: Inputs, folder: Path, grid
     console = Console(grid.is_main, config.training.steps, progress.step, config.logging.interval)
     saver = Saver(config, arch, folder, trained.optimizer, grid, console)
     returns: Counter[int] = Counter()
-    with _sigterm() as stop_wanted:
+    with _signals(grid.world_size == 1) as stop_wanted:
         while True:
             for note in [*inputs.warnings, *notes]:
                 log.info(note)
@@ -136,7 +136,7 @@ class _Run:
             self.console.say(f"nothing to do: {self.folder} is at step {progress.step} of training.steps = {steps}")
             return
         skipped, stopped, accept = 0, False, None
-        with self._loader(progress) as loader:
+        with contextlib.closing(self.diagnostics), self._loader(progress) as loader:
             while progress.step < steps and not stopped:
                 began = time.monotonic()
                 self.diagnostics.before(progress.step + 1)
@@ -168,10 +168,17 @@ class _Run:
                 record["sequence_length"], record["global_batch_size"] = batch.sequence_length, batch.global_batch_size
                 self.diagnostics.after(progress.step)
                 last = progress.step == steps or stopped
-                if _due(config.evaluation.interval, progress.step, progress.step == steps) and self.inputs.valid:
+                cut_short = (
+                    stopped and progress.step < steps
+                )  # whoever sent the signal may wait for no more than the save
+                if (
+                    not cut_short
+                    and _due(config.evaluation.interval, progress.step, progress.step == steps)
+                    and self.inputs.valid
+                ):
                     self._validate(record)
                 for task in self.inputs.tasks:
-                    if _due(task.interval, progress.step, progress.step == steps):
+                    if not cut_short and _due(task.interval, progress.step, progress.step == steps):
                         self.console.say(run_task(task, self.subject, self.folder, record))
                 self.sinks.write(record)
                 self.console.step(record)
@@ -187,7 +194,7 @@ class _Run:
                 if last or self.saver.due(progress.step):
                     self.saver.save(progress, last)
         if stopped and progress.step < steps:
-            self.console.say(f"stopped by SIGTERM after step {progress.step}; the same command resumes from there")
+            self.console.say(f"stopped by a signal after step {progress.step}; the same command resumes from there")
 
     def _after(self, progress: Progress, outcome: StepOutcome, rows: int) -> Progress:
         usual = progress.usual
@@ -319,11 +326,22 @@ def peak_memory(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def _sigterm() -> Iterator[Any]:
-    """A function that tells whether SIGTERM has come; the former handler is put back."""
+def _signals(alone: bool) -> Iterator[Any]:
+    """A function that tells whether SIGTERM has come, or Ctrl-C to a process that is ``alone`` (else the launcher hands it on).
+
+    A second Ctrl-C ends all at once. The former handlers are put back.
+    """
     came = []
-    former = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+
+    def note(number: int, _: Any) -> None:
+        came.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    numbers = (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGTERM,)
+    former = {number: signal.signal(number, note) for number in numbers}
     try:
         yield lambda: bool(came)
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -230,6 +230,30 @@ def test_one_rank_without_room_or_with_any_error_stops_all(tmp_path, monkeypatch
         assert names(tmp_path) == ["step-00000001"]
 
 
+def stale(name):
+    def call(*_, **__):
+        raise OSError(errno.ESTALE, "Stale file handle", name)
+
+    return call
+
+
+def test_storage_that_is_away_is_told_as_that_wherever_a_save_meets_it(tmp_path, monkeypatch):
+    """The listing after ``latest``, a look at what was written, and the clearing up after a failed write."""
+    for number, (where, name) in enumerate([(catalog, "write_latest"), (Path, "read_bytes"), (files, "entries")], 2):
+        saved(save_step(tmp_path, 1))
+        with monkeypatch.context() as patch:
+            if name == "entries":
+                fill(patch, 2, errno.EIO)
+                patch.setattr(files, "remove_tree", stale("x"))
+            else:
+                patch.setattr(where, name, stale("x"))
+            results = save_step(tmp_path, number, world_size=2)
+        assert [type(result) for result in results] == [NotTaken] * 2
+        saved(save_step(tmp_path, number, keep_last=1))
+        assert content_of(find_latest_good(tmp_path).folder) == number
+        assert len(names(tmp_path)) == 1
+
+
 def test_preflight(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "free_bytes", lambda path: 1000)
     preflight(tmp_path, 1000)

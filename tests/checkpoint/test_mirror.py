@@ -7,10 +7,11 @@ from unittest.mock import patch
 
 import pytest
 
-from megatron_zebra.checkpoint import catalog, layout
+from megatron_zebra.checkpoint import Alone, catalog, layout
 from megatron_zebra.checkpoint.errors import CheckpointError
 from megatron_zebra.checkpoint.mirror import Mirror
 from megatron_zebra.checkpoint.verify import find_latest_good
+from megatron_zebra.errors import UserError
 from tests.checkpoint.cases import ThreadRank, content_of, run_ranks, save_step, saved
 
 WORLD = 3
@@ -107,6 +108,28 @@ def test_an_address_that_nobody_serves_is_one_line(url: str) -> None:
     with patch.dict("sys.modules", {"s3fs": None}), pytest.raises(CheckpointError, match=url) as caught:
         Mirror(url)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("below", ["", "checkpoints", "checkpoints/more", "link"])
+def test_what_holds_the_runs_own_checkpoints_is_no_second_home(tmp_path: Path, below: str) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "checkpoints")
+    for url in (str(tmp_path / below), f"file://{tmp_path / below}"):
+        with pytest.raises(UserError, match="holds the run's own checkpoints, or lies within them; give another place"):
+            Mirror(url).apart_from(tmp_path / "checkpoints")
+
+
+def test_memory_is_no_second_home_and_a_place_beside_is(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="memory://x: ends with the process"):
+        Mirror("memory://x").apart_from(tmp_path / "checkpoints")
+    Mirror(str(tmp_path / "checkpoints-2")).apart_from(tmp_path / "checkpoints")
+
+
+def test_a_home_that_connects_at_once_and_cannot_is_told_where_it_is_used(tmp_path: Path) -> None:
+    away = Mirror(f"zip://{tmp_path / 'none.zip'}")
+    away.apart_from(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match="looking for checkpoints in zip://"):
+        away.newer(-1, Alone())
 
 
 def test_a_lost_folder_comes_back_whole(tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ SINGLE = [
     ("data.valid", [{"weight": 2}], "[0].prefix: is missing"),
     ("data.valid", [{"prefix": "x", "wieght": 2}], "[0].wieght: no such key; perhaps data.valid[].weight"),
     ("training.batch_ramp", [{"steps": 5}], "[0].global_batch_size: is missing"),
+    ("training.profile_steps", [0, 2], "= [0, 2]: steps must be at least 1"),
+    ("training.memory_snapshot_steps", [0], "= [0]: steps must be at least 1"),
     ("training.profile_steps", [1, 2, 3], "= [1, 2, 3]: must have at most 2 values"),
     ("logging.run_dir", 5, "= 5: must be a valid string"),
     ("deepspeed", 5, "= 5: must be a section"),

@@ -45,6 +45,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("--model.hidden_size 66", ["model.hidden_size = 66", "model.num_heads = 4"]),
         ("--model.window_size 0", ["model.window_size = 0", ">= 1"]),
         ("--training.global_batch_size 9 --world-size 2 --dry-run", ["training.global_batch_size = 9", "multiple"]),
+        ("--world-size 2", ["--world-size counts only with --dry-run"]),
         ("--world-size 64 --dry-run", ["training.global_batch_size = 8", "at most 8 processes", "not 64"]),
         ("--training.precision fp8", ["training.precision = 'fp8'", "fp32, bf16"]),
         ("--data.sequence_length", ["--data.sequence_length", "has no value"]),
@@ -213,13 +214,39 @@ def test_debug_yaml_by_torchrun_is_stopped_by_sigterm_and_goes_on(run_distribute
     assert process.returncode == 0, err
     stopped = losses(run_dir)
     assert 1 <= len(stopped) < 30
-    assert f"stopped by SIGTERM after step {len(stopped)}; the same command resumes from there" in err
+    assert f"stopped by a signal after step {len(stopped)}; the same command resumes from there" in err
     assert err.count(f"step {len(stopped)}/30") == 1  # one rank prints
     files = {path.name for path in run_dir.iterdir()}
     assert {"config.yaml", "environment.json", "logs", "metrics.jsonl", "checkpoints"} <= files
     run_distributed(debug_run, 2, run_dir, overrides)
     run_distributed(debug_run, 2, tmp_path / "whole", overrides)
     assert losses(run_dir) == losses(tmp_path / "whole")
+
+
+def test_ctrl_c_saves_and_ends_a_process_of_its_own_within_a_profile(tmp_path: Path) -> None:
+    settings = {
+        "training.steps": 100_000,
+        "evaluation.interval": 0,
+        "data.sequence_length": 64,
+        "training.profile_steps": "[1, 100000]",
+        "logging.run_dir": tmp_path,
+    }
+    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "pretrain_zebra.py", "--config", DEBUG, *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_for_line(tmp_path / "metrics.jsonl", 200)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=100)
+        except BaseException:
+            process.kill()
+            raise
+    done = len(losses(tmp_path))
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    assert f"stopped by a signal after step {done}; the same command resumes from there" in err
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == f"step-{done:08d}"
+    assert (tmp_path / "profile" / f"steps-1-{done}-rank-00000.json.gz").stat().st_size
 
 
 def wait_for_line(path: Path, seconds: float) -> None:

@@ -165,6 +165,14 @@ def test_sigterm_on_one_rank_saves_on_all_and_the_run_goes_on_exactly(run_distri
     assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
 
 
+def test_a_signal_is_followed_by_the_save_and_not_by_an_evaluation(run_distributed: Any, tmp_path: Path) -> None:
+    settings = QUICK | {"training__steps": 5, "evaluation__interval": 1, "data__split": [0.8, 0.2, 0.0]}
+    run_distributed(signalled, 2, tmp_path, settings, 3)
+    judged = [any(name.startswith("valid/") for name in record) for record in metrics(tmp_path)]
+    assert judged == [True, True, False]
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step-00000003"
+
+
 def on_a_full_disk(grid: Grid, folder: Path, overrides: dict[str, Any]) -> Seen:
     """A run in which no file may grow past a mebibyte: less than a rank's part of a checkpoint."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
