@@ -63,18 +63,22 @@ class Mirror:
 
     def upload(self, folder: Path, group: Collective, keep_last: int, keep_every: int) -> None:
         """Copy the complete checkpoint ``folder`` up, then remove those that the rule of ``catalog.prune`` no longer keeps."""
-        target = f"{self.root}/{folder.name}"
+
+        def target() -> str:  # asked where a home that cannot be reached is told of
+            return f"{self.root}/{folder.name}"
 
         def own() -> None:
             for ending in ("bin", "json"):
                 name = f"{layout.rank_stem(group.rank)}.{ending}"
-                self.fs.put_file(str(folder / name), f"{target}/{name}")
+                self.fs.put_file(str(folder / name), f"{target()}/{name}")
 
         def finish() -> None:
-            self.fs.pipe_file(f"{target}/{layout.INDEX}", (folder / layout.INDEX).read_bytes())
+            self.fs.pipe_file(f"{target()}/{layout.INDEX}", (folder / layout.INDEX).read_bytes())
             self._prune(keep_last, keep_every, folder.name)
 
-        self._together(group, f"copying {folder.name} to", lambda: self.fs.makedirs(target, exist_ok=True), alone=True)
+        self._together(
+            group, f"copying {folder.name} to", lambda: self.fs.makedirs(target(), exist_ok=True), alone=True
+        )
         self._together(group, f"copying {folder.name} to", own)
         self._together(group, f"copying {folder.name} to", finish, alone=True)
 

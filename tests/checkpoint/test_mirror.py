@@ -130,6 +130,8 @@ def test_a_home_that_connects_at_once_and_cannot_is_told_where_it_is_used(tmp_pa
     away.apart_from(tmp_path / "checkpoints")
     with pytest.raises(UserError, match="looking for checkpoints in zip://"):
         away.newer(-1, Alone())
+    for problem in up(tmp_path / "checkpoints", f"zip://{tmp_path / 'none.zip'}", 1):
+        assert "copying step-00000001 to zip://" in str(problem)
 
 
 def test_a_lost_folder_comes_back_whole(tmp_path: Path) -> None:
