@@ -164,8 +164,8 @@ MUTATIONS = [
     Mutation(
         "metrics not cut back on resume",
         "megatron_zebra/training/metrics.py",
-        "if step is None or step > restored_step:",
-        "if step is None:",
+        "if step is not None and step > restored_step:",
+        "if False:",
         RESUME,
     ),
     Mutation(
@@ -255,8 +255,8 @@ MUTATIONS = [
     Mutation(
         "in the second home the index comes first",
         "megatron_zebra/checkpoint/mirror.py",
-        'alone=True)\n        self._together(group, f"copying {folder.name} to", own)\n        self._together(group, f"copying {folder.name} to", finish, alone=True)',
-        'alone=True)\n        self._together(group, f"copying {folder.name} to", finish, alone=True)\n        self._together(group, f"copying {folder.name} to", own)',
+        'self._together(group, f"copying {folder.name} to", own)\n        self._together(group, f"copying {folder.name} to", finish, alone=True)',
+        'self._together(group, f"copying {folder.name} to", finish, alone=True)\n        self._together(group, f"copying {folder.name} to", own)',
         "tests/checkpoint/test_mirror.py",
     ),
     Mutation(
@@ -503,8 +503,8 @@ MUTATIONS = [
     Mutation(
         "a task of training runs without the last step",
         "megatron_zebra/training/loop.py",
-        "if _due(task.interval, progress.step, progress.step == steps):",
-        "if _due(task.interval, progress.step, False):",
+        "if not cut_short and _due(task.interval, progress.step, progress.step == steps):",
+        "if not cut_short and _due(task.interval, progress.step, False):",
         "tests/training/test_tasks.py -k results",
     ),
     Mutation(

@@ -168,9 +168,7 @@ class _Run:
                 record["sequence_length"], record["global_batch_size"] = batch.sequence_length, batch.global_batch_size
                 self.diagnostics.after(progress.step)
                 last = progress.step == steps or stopped
-                cut_short = (
-                    stopped and progress.step < steps
-                )  # whoever sent the signal may wait for no more than the save
+                cut_short = stopped and progress.step < steps  # whoever sent the signal may wait for the save alone
                 if (
                     not cut_short
                     and _due(config.evaluation.interval, progress.step, progress.step == steps)
@@ -329,7 +327,7 @@ def peak_memory(device: torch.device) -> int:
 def _signals(alone: bool) -> Iterator[Any]:
     """A function that tells whether SIGTERM has come, or Ctrl-C to a process that is ``alone`` (else the launcher hands it on).
 
-    A second Ctrl-C ends all at once. The former handlers are put back.
+    A second Ctrl-C ends all at once. The former handlers are put back; what a shell has a job ignore stays ignored.
     """
     came = []
 
@@ -338,6 +336,7 @@ def _signals(alone: bool) -> Iterator[Any]:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    alone = alone and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
     numbers = (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGTERM,)
     former = {number: signal.signal(number, note) for number in numbers}
     try:
