@@ -503,8 +503,8 @@ MUTATIONS = [
     Mutation(
         "a task of training runs without the last step",
         "megatron_zebra/training/loop.py",
-        "if not cut_short and _due(task.interval, progress.step, progress.step == steps):",
-        "if not cut_short and _due(task.interval, progress.step, False):",
+        'if _due(task.interval, record["step"], final):',
+        'if _due(task.interval, record["step"], False):',
         "tests/training/test_tasks.py -k results",
     ),
     Mutation(

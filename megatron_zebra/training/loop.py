@@ -6,7 +6,7 @@ import resource
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from megatron_zebra.evaluation.loss import Evaluated, evaluate
 from megatron_zebra.evaluation.subject import Subject
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.parallel.grid import Grid
-from megatron_zebra.parallel.process import WorldCollective, rank_name
+from megatron_zebra.parallel.process import WorldCollective, rank_name, sum_over
 from megatron_zebra.parallel.replicas import differing
 from megatron_zebra.planning.devices import peak_flops
 from megatron_zebra.planning.flops import CONVENTION, StepFlops
@@ -40,7 +40,7 @@ from megatron_zebra.training.spike import Usual
 from megatron_zebra.training.start import start
 from megatron_zebra.training.state import Progress
 from megatron_zebra.training.step import StepOutcome, train_step
-from megatron_zebra.training.tasks import run_task
+from megatron_zebra.training.tasks import Planned, run_task
 
 MOST_RETURNS = 3  # to one checkpoint
 
@@ -130,7 +130,7 @@ class _Run:
         self.slow = SlowRanks(lambda rank: rank_name(grid.layout, rank))
         self.diagnostics = Diagnostics(config.training, folder, grid.rank, grid.device)
 
-    def until_done(self, progress: Progress, stop_wanted: Any) -> None:
+    def until_done(self, progress: Progress, stop_wanted: Callable[[], bool]) -> None:
         config, steps = self.config, self.config.training.steps
         if progress.step >= steps:
             self.console.say(f"nothing to do: {self.folder} is at step {progress.step} of training.steps = {steps}")
@@ -167,17 +167,9 @@ class _Run:
                 record = self._record(progress, outcome, rate, time.monotonic() - began, data_time)
                 record["sequence_length"], record["global_batch_size"] = batch.sequence_length, batch.global_batch_size
                 self.diagnostics.after(progress.step)
-                last = progress.step == steps or stopped
-                cut_short = stopped and progress.step < steps  # whoever sent the signal may wait for the save alone
-                if (
-                    not cut_short
-                    and _due(config.evaluation.interval, progress.step, progress.step == steps)
-                    and self.inputs.valid
-                ):
-                    self._validate(record)
-                for task in self.inputs.tasks:
-                    if not cut_short and _due(task.interval, progress.step, progress.step == steps):
-                        self.console.say(run_task(task, self.subject, self.folder, record))
+                final = progress.step == steps
+                if final or not stopped:  # whoever sent the signal may wait for the save alone
+                    stopped = self._judge(record, final, stop_wanted) or stopped
                 self.sinks.write(record)
                 self.console.step(record)
                 if skipped >= config.training.max_nonfinite_steps:
@@ -189,8 +181,8 @@ class _Run:
                 self._compare_replicas(progress.step)
                 self._report_slow(progress.step, outcome)
                 self.saver.tell()
-                if last or self.saver.due(progress.step):
-                    self.saver.save(progress, last)
+                if final or stopped or self.saver.due(progress.step):
+                    self.saver.save(progress, final or stopped)
         if stopped and progress.step < steps:
             self.console.say(f"stopped by a signal after step {progress.step}; the same command resumes from there")
 
@@ -288,6 +280,23 @@ class _Run:
         if len(self.inputs.source_names) > 1:
             record |= {f"loss/{self.inputs.source_names[i]}": loss for i, loss in outcome.source_losses.items()}
         return record
+
+    def _judge(self, record: Record, final: bool, stop_wanted: Callable[[], bool]) -> bool:
+        """All that is due, or before the ``final`` step until a signal comes to any rank; whether one has."""
+        due: list[Callable[[Record], None]] = []
+        if self.inputs.valid and _due(self.config.evaluation.interval, record["step"], final):
+            due.append(self._validate)
+        for task in self.inputs.tasks:
+            if _due(task.interval, record["step"], final):
+                due.append(partial(self._run_task, task))
+        for judge in due:
+            judge(record)
+            if not final and sum_over([float(stop_wanted())], self.grid.device)[0]:
+                return True
+        return False
+
+    def _run_task(self, task: Planned, record: Record) -> None:
+        self.console.say(run_task(task, self.subject, self.folder, record))
 
     def _validate(self, record: Record) -> None:
         results: dict[str, Evaluated] = {}

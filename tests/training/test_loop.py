@@ -139,18 +139,18 @@ def test_profile_memory_and_tensorboard_files_appear(run_distributed: Any, tmp_p
     assert len(list((tmp_path / "logs").iterdir())) == 2
 
 
-def signalled(grid: Grid, folder: Path, overrides: dict[str, Any], at: int) -> Seen:
-    """A run in which rank 1 alone gets a SIGTERM in step ``at``."""
-    real, count = loop.train_step, 0
+def signalled(grid: Grid, folder: Path, overrides: dict[str, Any], at: int, inside: str = "train_step") -> Seen:
+    """A run in which rank 1 alone gets a SIGTERM in call ``at`` of the loop's function ``inside``."""
+    real, count = getattr(loop, inside), 0
 
-    def step(*args: Any, **more: Any) -> Any:
+    def called(*args: Any, **more: Any) -> Any:
         nonlocal count
         count += 1
         if count == at and grid.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **more)
 
-    with patch.object(loop, "train_step", step):
+    with patch.object(loop, inside, called):
         return run(grid, folder, overrides)
 
 
@@ -171,6 +171,21 @@ def test_a_signal_is_followed_by_the_save_and_not_by_an_evaluation(run_distribut
     judged = [any(name.startswith("valid/") for name in record) for record in metrics(tmp_path)]
     assert judged == [True, True, False]
     assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step-00000003"
+
+
+def test_a_signal_in_an_evaluation_is_followed_by_the_save_and_by_no_other(
+    run_distributed: Any, tmp_path: Path
+) -> None:
+    rows = {"data": [pair(tmp_path / "held", 1)], "sequence_length": 16}
+    settings = QUICK | {"evaluation__interval": 1, "data__split": [0.8, 0.2, 0.0]}
+    settings |= {"evaluation__tasks": [{"task": "perplexity", "interval": 1, "options": rows}]}
+    for seen in run_distributed(signalled, 2, tmp_path / "run", settings, 2, "evaluate"):
+        assert seen.error is None
+        assert len(seen.applied) == 2
+    for start, wanted in (("valid/", [True, True]), ("perplexity/", [True, False])):
+        records = metrics(tmp_path / "run")
+        assert [any(name.startswith(start) for name in record) for record in records] == wanted
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step-00000002"
 
 
 def on_a_full_disk(grid: Grid, folder: Path, overrides: dict[str, Any]) -> Seen:
