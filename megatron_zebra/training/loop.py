@@ -336,7 +336,7 @@ def peak_memory(device: torch.device) -> int:
 def _signals(alone: bool) -> Iterator[Any]:
     """A function that tells whether SIGTERM has come, or Ctrl-C to a process that is ``alone`` (else the launcher hands it on).
 
-    A second Ctrl-C ends all at once. The former handlers are put back; what a shell has a job ignore stays ignored.
+    A first Ctrl-C says what it does, a second one ends all at once. The former handlers are put back; what a shell has a job ignore stays ignored.
     """
     came = []
 
@@ -344,6 +344,7 @@ def _signals(alone: bool) -> Iterator[Any]:
         came.append(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again ends at once\n")
 
     alone = alone and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
     numbers = (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGTERM,)
