@@ -3,10 +3,9 @@
 import contextlib
 import os
 import resource
-import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +33,7 @@ from megatron_zebra.training.metrics import Record
 from megatron_zebra.training.run_folder import rank_log, write_description
 from megatron_zebra.training.saver import Saver
 from megatron_zebra.training.schedule import global_batch_size, learning_rate
+from megatron_zebra.training.signals import stop_signals
 from megatron_zebra.training.sinks import Sinks
 from megatron_zebra.training.slow import SlowRanks
 from megatron_zebra.training.spike import Usual
@@ -65,7 +65,7 @@ def train(config: Config, arch: Architecture, inputs: Inputs, folder: Path, grid
     console = Console(grid.is_main, config.training.steps, progress.step, config.logging.interval)
     saver = Saver(config, arch, folder, trained.optimizer, grid, console)
     returns: Counter[int] = Counter()
-    with _signals(grid.world_size == 1) as stop_wanted:
+    with stop_signals(grid.world_size == 1) as stop_wanted:
         while True:
             for note in [*inputs.warnings, *notes]:
                 log.info(note)
@@ -330,27 +330,3 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@contextlib.contextmanager
-def _signals(alone: bool) -> Iterator[Any]:
-    """A function that tells whether SIGTERM has come, or Ctrl-C to a process that is ``alone`` (else the launcher hands it on).
-
-    A first Ctrl-C says what it does, a second one ends all at once. The former handlers are put back; what a shell has a job ignore stays ignored.
-    """
-    came = []
-
-    def note(number: int, _: Any) -> None:
-        came.append(number)
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again ends at once\n")
-
-    alone = alone and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-    numbers = (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGTERM,)
-    former = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)

@@ -198,21 +198,6 @@ def on_a_full_disk(grid: Grid, folder: Path, overrides: dict[str, Any]) -> Seen:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("ignored", [False, True])
-def test_ctrl_c_is_for_a_process_of_its_own_unless_its_shell_has_it_ignored(
-    ignored: bool, capfd: pytest.CaptureFixture[str]
-) -> None:
-    former = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
-    try:
-        with loop._signals(alone=True) as came:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert came() is not ignored
-        assert ("Ctrl-C again ends at once" in capfd.readouterr().err) is not ignored
-        assert signal.getsignal(signal.SIGINT) is (signal.SIG_IGN if ignored else signal.default_int_handler)
-    finally:
-        signal.signal(signal.SIGINT, former)
-
-
 def test_a_full_disk_leaves_the_older_checkpoint(run_distributed: Any, tmp_path: Path) -> None:
     settings = QUICK | {"model__hidden_size": 192, "checkpoint__interval": 2, "checkpoint__keep_last": 1}
     run_distributed(run, 2, tmp_path, settings | {"training__steps": 1})
