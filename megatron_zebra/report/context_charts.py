@@ -35,7 +35,7 @@ def by_position(runs: Sequence[Run]) -> Chart | Absent:
         return Absent(title, "not evaluated (evaluation.interval, tools/evaluate.py perplexity)")
     edges = sorted({edge for sets in found for values in sets.values() for edge in values.edges if edge})
     figure.update_xaxes(type="log", tickvals=edges, ticktext=[_short(edge) for edge in edges])
-    for window in sorted({run.arch.window_size for run in runs if "local" in run.arch.layer_kinds}):
+    for i, window in enumerate(sorted({run.arch.window_size for run in runs if "local" in run.arch.layer_kinds})):
         label = {
             "text": f"window {_short(window)}",
             "textposition": "end",
@@ -44,7 +44,8 @@ def by_position(runs: Sequence[Run]) -> Chart | Absent:
             "yanchor": "top",
         }
         line = {"dash": "dot", "width": 1, "color": "#888888"}
-        figure.add_shape(type="line", x0=window, x1=window, y0=0, y1=1, yref="paper", line=line, label=label)
+        top = 1 - 0.08 * (i % 8)  # names of windows near each other stand one below the other
+        figure.add_shape(type="line", x0=window, x1=window, y0=0, y1=top, yref="paper", line=line, label=label)
     return Chart(title, "nats per token", figure)
 
 
@@ -78,7 +79,8 @@ def retrieval(runs: Sequence[Run]) -> Iterator[Chart | Absent]:
     """Heat maps of exact answers: a chart a run and task."""
     if not any(run.answers for run in runs):
         yield Absent("Answers by length and depth", "not evaluated (tools/evaluate.py answers, retrieval)")
-    for i, run in enumerate(runs):
+    for run in runs:
+        whose = f"{run.name}: " if len(runs) > 1 else ""
         for task, grid in run.answers.items():
             figure = blank("depth of the fact in the text")
             figure.add_trace(
@@ -97,7 +99,7 @@ def retrieval(runs: Sequence[Run]) -> Iterator[Chart | Absent]:
             figure.update_xaxes(type="category", showgrid=False, ticks="")
             figure.update_yaxes(type="category", showgrid=False, ticks="", ticklabelstandoff=4)
             figure.update_layout(hovermode="closest")
-            yield Chart(labelled(runs, i, f"Answers by length and depth: {task}"), "tokens", figure)
+            yield Chart(f"{whose}Answers by length and depth: {task}", "tokens", figure)
 
 
 def _by_bin(evaluations: Sequence[tuple[int, ByPosition]]) -> dict[tuple[int, int], list[tuple[int, float]]]:
