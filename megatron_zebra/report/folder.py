@@ -147,15 +147,15 @@ def _results(folder: Path, config: Config) -> tuple[dict[str, ByPosition], dict[
     evaluated: dict[str, ByPosition] = {}
     answers: dict[str, Exact] = {}
     for name, (file, step) in newest_results(folder).items():
-        when = "" if step is None else f", step {step:,}"
-        if kinds.get(name) == "perplexity":
-            whose = "" if name == "perplexity" else f", {name}"
-            evaluated |= {f"{of}{whose}{when}": values for of, values in read_by_position(file).items()}
-        elif kinds.get(name) in ("answers", "retrieval"):
+        kind, when = kinds.get(name), "" if step is None else f", step {step:,}"
+        whose = ("" if name == kind else f", {name}") + when
+        if kind == "perplexity":
+            evaluated |= {f"{of}{whose}": values for of, values in read_by_position(file).items()}
+        elif kind in ("answers", "retrieval"):
             grids = _grids(read_json(file), str(file))
             if not grids:
                 raise UserError(f"{file}: is not an evaluation's result (exact by lengths and depth_edges)")
-            answers |= {f"{task or name}{when}": grid for task, grid in grids}
+            answers |= {f"{task}{whose}" if task else f"{name}{when}": grid for task, grid in grids}
     return evaluated, answers
 
 
@@ -174,7 +174,7 @@ def _grids(document: Any, where: str) -> list[tuple[str, Exact]]:
 def _grid(document: dict[str, Any], where: str) -> Exact:
     try:
         exact = np.array(document["exact"], dtype=np.float64)
-        edges = [f"{edge:g}" for edge in document["depth_edges"]]
+        edges = [f"{edge:.3g}" for edge in document["depth_edges"]]
         grid = Exact([f"{length:,}" for length in document["lengths"]], list(map("–".join, pairwise(edges))), exact)
     except (ValueError, TypeError, OverflowError):
         raise UserError(f"{where}: lengths, depth_edges and exact are not numbers") from None

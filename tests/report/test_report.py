@@ -66,23 +66,33 @@ def test_all_charts_of_an_evaluated_run(tmp_path: Path) -> None:
 
 
 def test_the_tasks_of_a_training_and_their_newest_results(tmp_path: Path) -> None:
-    tasks = [{"task": "retrieval", "interval": 10, "name": "far"}, {"task": "perplexity", "interval": 10}]
+    tasks = [{"task": "retrieval", "interval": 10, "name": name} for name in ("far", "near")] + [
+        {"task": "perplexity", "interval": 10}
+    ]
     folder = run_folder(tmp_path / "run", settings={"evaluation.tasks": tasks})
     lines = [record(step, **({"far/passkey/exact": step / 20} if step % 10 == 0 else {})) for step in range(1, 21)]
     write_lines(folder / "metrics.jsonl", lines)
     (folder / "evaluation").mkdir()
     for step in (10, 20):
-        table = TABLE | {"exact": [[step / 20, 0.0], [0.0, 0.0]]}
+        table = TABLE | {"exact": [[step / 20, 0.0], [0.0, 0.0]], "depth_edges": [0, 1 / 3, 1]}
         losses = {"held": {"edges": EDGES, "loss_by_position": [step, 2.2, 2.1]}}
-        for name, document in (("far", {"tasks": {"passkey": table}}), ("perplexity", {"sets": losses})):
+        retrieval = {"tasks": {"passkey": table}}
+        for name, document in (
+            ("far", retrieval),
+            ("near", {"tasks": {"passkey": TABLE}}),
+            ("perplexity", {"sets": losses}),
+        ):
             (folder / "evaluation" / f"{name}-step-{step:08d}.json").write_text(json.dumps({"step": step, **document}))
     runs = read_runs([folder])
     found = charts(runs)
     line = traces(found["far"])["passkey/exact"]
     assert (list(line.x), list(line.y)) == ([10, 20], [0.5, 1.0])
     assert absent(runs)["perplexity"] == "has not run yet (evaluation.tasks)"
-    (drawn,) = found["Answers by length and depth: passkey, step 20"].figure.data
+    (drawn,) = found["Answers by length and depth: passkey, far, step 20"].figure.data
     assert drawn.z[0][0] == 1
+    assert list(drawn.x) == ["0–0.333", "0.333–1"]
+    (drawn,) = found["Answers by length and depth: passkey, near, step 20"].figure.data
+    assert drawn.z[0][1] == 0.5
     assert traces(found["Loss by position"])["held, step 20, evaluated"].y[0] == 20
 
 
@@ -90,6 +100,7 @@ def test_what_is_left_out_says_why_and_no_chart_is_empty(tmp_path: Path) -> None
     write_lines(run_folder(tmp_path / "run") / "metrics.jsonl", [{"step": 1, "loss": 2.0, "grad_norm": None}])
     runs = read_runs([tmp_path / "run"])
     assert charts(runs).keys() == {"Training and held-out loss"}
+    assert not charts(runs)["Training and held-out loss"].note  # no running mean
     reasons = absent(runs)
     assert reasons["Gradient norm before clipping"] == "not recorded"
     assert "logging.peak_tflops" in reasons["MFU, windows counted"]
