@@ -67,7 +67,7 @@ def run_tool(main: Callable[[], None]) -> None:
     try:
         with naming_files():
             main()
-            sys.stdout.flush()
+            print(end="", flush=True)  # sys.stdout is None where it was closed before the start
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere, without a complaint
         sys.exit(141)
