@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from megatron_zebra.report.charts import DASHES, Absent, Chart, all_keys, blank, curve, labelled, style_of
+from megatron_zebra.report.counts import short
 from megatron_zebra.report.folder import Run
 from megatron_zebra.report.run import ByPosition
 
@@ -34,10 +35,10 @@ def by_position(runs: Sequence[Run]) -> Chart | Absent:
     if not figure.data:
         return Absent(title, "not evaluated (evaluation.interval, tools/evaluate.py perplexity)")
     edges = sorted({edge for sets in found for values in sets.values() for edge in values.edges if edge})
-    figure.update_xaxes(type="log", tickvals=edges, ticktext=[_short(edge) for edge in edges])
+    figure.update_xaxes(type="log", tickvals=edges, ticktext=[short(edge) for edge in edges])
     for i, window in enumerate(sorted({run.arch.window_size for run in runs if "local" in run.arch.layer_kinds})):
         label = {
-            "text": f"window {_short(window)}",
+            "text": f"window {short(window)}",
             "textposition": "end",
             "textangle": 0,
             "xanchor": "right",
@@ -117,7 +118,3 @@ def _bins(values: ByPosition) -> list[str]:
 
 def _span(start: int, stop: int) -> str:
     return f"{start:,}–{stop - 1:,}"
-
-
-def _short(tokens: int) -> str:
-    return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
