@@ -1,6 +1,7 @@
 """Errors that are the user's to mend."""
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -67,12 +68,23 @@ def run_tool(main: Callable[[], None]) -> None:
     try:
         with naming_files():
             main()
-            sys.stdout.flush()
+            print(end="", flush=True)  # sys.stdout is None where it was closed before the start
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere, without a complaint
+        _leave_stdout()
         sys.exit(141)
+    except OSError as error:  # about no file, or it would have been named
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _leave_stdout()
+        tell(full := UserError(f"{error.strerror}: the output needs room where it is written"))
+        sys.exit(full.code)
     except UserError as error:
         tell(error)
         sys.exit(error.code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _leave_stdout() -> None:
+    """What is left to print goes nowhere, without a complaint."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -33,6 +33,26 @@ def test_the_system_s_complaint_about_a_file_is_one_line(capsys: pytest.CaptureF
         raise BrokenPipeError  # about no file
 
 
+def test_output_that_was_closed_before_the_start_is_no_fault() -> None:
+    program = "from megatron_zebra.errors import run_tool; run_tool(lambda: print('x'))"
+    done = subprocess.run(
+        ["bash", "-c", '"$0" -c "$1" >&-', sys.executable, program], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("letters", [1, 10**6], ids=["at the end", "before it"])
+def test_output_to_a_full_disk_is_one_line(letters: int) -> None:
+    program = f"from megatron_zebra.errors import run_tool; run_tool(lambda: print('x' * {letters}))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert done.returncode == 2
+    assert done.stderr == "error: No space left on device: the output needs room where it is written\n"
+
+
 def test_output_that_nobody_reads_ends_a_tool_as_sigpipe_does() -> None:
     program = "from megatron_zebra.errors import run_tool; run_tool(lambda: print('x' * 10**6, '\\n'))"
     read, write = os.pipe()

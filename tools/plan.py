@@ -17,11 +17,11 @@ none that fits; 2 for a mistake.
 import argparse
 import sys
 from math import inf
-from pathlib import Path
 
 from megatron_zebra.config import check, load
 from megatron_zebra.config.derived import longest_sequence
 from megatron_zebra.config.sections import Config
+from megatron_zebra.data.arguments import check_picture, output_name
 from megatron_zebra.errors import UserError, run_tool
 from megatron_zebra.planning.devices import DEVICES
 
@@ -43,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--lengths", type=int, nargs="+", metavar="S", help="Zebra beside full attention at these sequence lengths"
     )
-    top.add_argument("--output", type=Path, metavar="FILE", help="the comparison of --lengths as a picture")
+    top.add_argument(
+        "--output", type=output_name, metavar="FILE", help="the comparison of --lengths as a picture, .png or .svg"
+    )
     return top
 
 
@@ -59,10 +61,15 @@ def main() -> None:
         raise UserError(f"--lengths {min(arguments.lengths)}: must be 1 or more")
     if arguments.output and not arguments.lengths:
         raise UserError("--output: draws the comparison of --lengths, which is not given")
+    if arguments.output:
+        check_picture(arguments.output)
     device = next((device for device in DEVICES if device.name.lower() == arguments.gpu.lower()), None)
     if device is None:
         raise UserError(f"--gpu {arguments.gpu}: is not known (allowed: {', '.join(d.name.lower() for d in DEVICES)})")
-    config = load.load_config(arguments.config, load.parse_words(words).overrides)
+    line = load.parse_words(words)
+    if line.dry_run or line.world_size:
+        raise UserError(f"{'--dry-run' if line.dry_run else '--world-size'}: is an option of training; use --gpus N")
+    config = load.load_config(arguments.config, line.overrides)
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"device": "cuda"})})
     if config.model.vocab_size is None:
         raise UserError("model.vocab_size = null: must be given to plan (no data or model is read)")
@@ -98,12 +105,17 @@ def _plan(arguments: argparse.Namespace, config: Config, device: object) -> None
     if line := table.too_much(wanted, machine):
         print(line)
     if arguments.lengths:
-        found = at_lengths(arch, chosen, arguments.gpus, machine, sorted(arguments.lengths))
-        print(table.by_length(found, arguments.lengths))
-        if arguments.output and found:
+        found, refused = at_lengths(arch, chosen, arguments.gpus, machine, sorted(arguments.lengths))
+        print(table.by_length(found, refused))
+        if arguments.output and not found:
+            print("no picture: none of these lengths can be planned")
+        elif arguments.output:
             from megatron_zebra.report.plan import write_lengths
 
-            print(f"picture in {write_lengths(arguments.output, found, device.memory_bytes)}")
+            try:
+                print(f"picture in {write_lengths(arguments.output, found, device.memory_bytes)}")
+            except OSError as error:
+                raise UserError(f"--output {arguments.output}: cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from megatron_zebra.data.inputs import InputOptions
+from megatron_zebra.errors import UserError
 
 
 def output_name(text: str) -> Path:
@@ -11,6 +12,12 @@ def output_name(text: str) -> Path:
     if text.rpartition("/")[2] in ("", ".", ".."):
         raise argparse.ArgumentTypeError(f"'{text}' ends without a name for the file; allowed is FOLDER/NAME")
     return Path(text)
+
+
+def check_picture(output: Path) -> None:
+    """That --output names a picture of a kind that is drawn."""
+    if output.suffix not in (".png", ".svg"):
+        raise UserError(f"--output {output}: must end in .png or .svg")
 
 
 def add_input_options(parser: argparse.ArgumentParser) -> None:

@@ -107,11 +107,12 @@ def _fitting(arch: Architecture, config: Config, gpus: int, machine: Machine) ->
 
 def at_lengths(
     arch: Architecture, config: Config, gpus: int, machine: Machine, lengths: list[int]
-) -> dict[int, tuple[Plan, Plan]]:
-    """By sequence length: ``config``, and the same with every layer global. As many tokens a step as ``config`` has."""
+) -> tuple[dict[int, tuple[Plan, Plan]], dict[int, str]]:
+    """By sequence length: ``config``, and the same with every layer global, as many tokens a step as ``config`` has; and
+    why there is none of the other lengths."""
     full = replace(arch, layer_kinds=layer_kinds(arch.num_layers, 1))
     tokens = config.training.global_batch_size * longest_sequence(config)
-    found = {}
+    found, refused = {}, {}
     for length in lengths:
         rows = max(1, tokens // length)
         changed = config.model_copy(
@@ -120,6 +121,8 @@ def at_lengths(
                 "training": config.training.model_copy(update={"global_batch_size": rows, "batch_ramp": []}),
             }
         )
-        if not problems(changed, gpus):
+        if broken := problems(changed, gpus):
+            refused[length] = broken[0]
+        else:
             found[length] = (plan(arch, changed, gpus, machine), plan(full, changed, gpus, machine))
-    return found
+    return found, refused

@@ -1,7 +1,7 @@
 """What tools/plan.py prints."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_zebra.config.sections import Config
 from megatron_zebra.model.architecture import Architecture
@@ -104,8 +104,8 @@ def too_much(plan: Plan, machine: Machine) -> str:
     return f"  does not fit: {needed / GIB:,.2f} GiB of {held / GIB:.0f} GiB a GPU (--search shows which layouts do)"
 
 
-def by_length(found: Mapping[int, tuple[Plan, Plan]], asked: Collection[int]) -> str:
-    """Zebra beside full attention."""
+def by_length(found: Mapping[int, tuple[Plan, Plan]], refused: Mapping[int, str]) -> str:
+    """Zebra beside full attention; of the lengths that cannot be planned why not."""
     lines = [
         "\n# Zebra beside full attention, as many tokens a step",
         f"  {'length':>9}{'Zebra tok/s':>13}{'full tok/s':>12}{'faster':>8}{'Zebra GiB':>11}{'full GiB':>10}{'Zebra MFU':>11}{'full MFU':>10}",
@@ -116,8 +116,7 @@ def by_length(found: Mapping[int, tuple[Plan, Plan]], asked: Collection[int]) ->
             f"  {length:>9,}{fast:>13,.0f}{slow:>12,.0f}{fast / slow:>7.2f}x{zebra.memory.total / GIB:>11.1f}"
             f"{full.memory.total / GIB:>10.1f}{zebra.time.mfu:>11.1%}{full.time.mfu:>10.1%}"
         )
-    if missing := sorted(set(asked) - set(found)):
-        lines.append(f"  {', '.join(f'{length:,}' for length in missing)}: cannot be divided as the layout wants")
+    lines += [f"  {length:>9,}  {reason}" for length, reason in refused.items()]
     return "\n".join(lines)
 
 

@@ -93,8 +93,12 @@ def curve(
 
 
 def style_of(runs: Sequence[Run], run: int, item: int = 0) -> dict[str, Any]:
-    """A run's colour, and a dash for each of its lines in one chart; a single run's lines have colours instead."""
+    """A run's colour, and a dash for each of its lines in one chart; a single run's lines have colours instead.
+
+    Where there are more than there are colours, they begin again with the next dash.
+    """
     colour, dash = (item, 0) if len(runs) == 1 else (run, item)
+    dash += colour // len(COLOURS)
     return {"colour": COLOURS[colour % len(COLOURS)], "dash": DASHES[dash % len(DASHES)]}
 
 

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from megatron_zebra.report.charts import DASHES, Absent, Chart, all_keys, blank, curve, labelled, style_of
+from megatron_zebra.report.counts import short
 from megatron_zebra.report.folder import Run
 from megatron_zebra.report.run import ByPosition
 
@@ -34,17 +35,18 @@ def by_position(runs: Sequence[Run]) -> Chart | Absent:
     if not figure.data:
         return Absent(title, "not evaluated (evaluation.interval, tools/evaluate.py perplexity)")
     edges = sorted({edge for sets in found for values in sets.values() for edge in values.edges if edge})
-    figure.update_xaxes(type="log", tickvals=edges, ticktext=[_short(edge) for edge in edges])
-    for window in sorted({run.arch.window_size for run in runs if "local" in run.arch.layer_kinds}):
+    figure.update_xaxes(type="log", tickvals=edges, ticktext=[short(edge) for edge in edges])
+    for i, window in enumerate(sorted({run.arch.window_size for run in runs if "local" in run.arch.layer_kinds})):
         label = {
-            "text": f"window {_short(window)}",
+            "text": f"window {short(window)}",
             "textposition": "end",
             "textangle": 0,
             "xanchor": "right",
             "yanchor": "top",
         }
         line = {"dash": "dot", "width": 1, "color": "#888888"}
-        figure.add_shape(type="line", x0=window, x1=window, y0=0, y1=1, yref="paper", line=line, label=label)
+        top = 1 - 0.08 * (i % 8)  # names of windows near each other stand one below the other
+        figure.add_shape(type="line", x0=window, x1=window, y0=0, y1=top, yref="paper", line=line, label=label)
     return Chart(title, "nats per token", figure)
 
 
@@ -78,7 +80,8 @@ def retrieval(runs: Sequence[Run]) -> Iterator[Chart | Absent]:
     """Heat maps of exact answers: a chart a run and task."""
     if not any(run.answers for run in runs):
         yield Absent("Answers by length and depth", "not evaluated (tools/evaluate.py answers, retrieval)")
-    for i, run in enumerate(runs):
+    for run in runs:
+        whose = f"{run.name}: " if len(runs) > 1 else ""
         for task, grid in run.answers.items():
             figure = blank("depth of the fact in the text")
             figure.add_trace(
@@ -97,7 +100,7 @@ def retrieval(runs: Sequence[Run]) -> Iterator[Chart | Absent]:
             figure.update_xaxes(type="category", showgrid=False, ticks="")
             figure.update_yaxes(type="category", showgrid=False, ticks="", ticklabelstandoff=4)
             figure.update_layout(hovermode="closest")
-            yield Chart(labelled(runs, i, f"Answers by length and depth: {task}"), "tokens", figure)
+            yield Chart(f"{whose}Answers by length and depth: {task}", "tokens", figure)
 
 
 def _by_bin(evaluations: Sequence[tuple[int, ByPosition]]) -> dict[tuple[int, int], list[tuple[int, float]]]:
@@ -115,7 +118,3 @@ def _bins(values: ByPosition) -> list[str]:
 
 def _span(start: int, stop: int) -> str:
     return f"{start:,}–{stop - 1:,}"
-
-
-def _short(tokens: int) -> str:
-    return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)

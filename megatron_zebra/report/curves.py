@@ -4,6 +4,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, ScalarFormatter
 
+from megatron_zebra.report.counts import short
 from megatron_zebra.report.run import ByPosition, Metrics, Series
 from megatron_zebra.report.smooth import smooth
 from megatron_zebra.report.style import BLUE, INK, MARKERS, MUTED, SERIES, SKY, empty, plain
@@ -108,12 +109,12 @@ def draw_by_position(axes: Axes, sets: dict[str, ByPosition], window: int | None
             ls=("-", "--", ":")[i // len(SERIES) % 3],
             label=plain(name),
         )
-    axes.set_xticks(range(len(longest)), [_count(edge) for edge in longest])
+    axes.set_xticks(range(len(longest)), [short(edge) for edge in longest])
     axes.set_xlim(0, len(longest) - 1)
     if window is not None and longest[0] < window < longest[-1]:
         axes.axvline(_place(window, longest), color=MUTED, lw=1.2, ls="--")
         axes.annotate(
-            f" window {_count(window)}",
+            f" window {short(window)}",
             (_place(window, longest), 1),
             xycoords=("data", "axes fraction"),
             va="top",
@@ -126,10 +127,6 @@ def draw_by_position(axes: Axes, sets: dict[str, ByPosition], window: int | None
 def _place(position: float, edges: list[int]) -> float:
     """Where ``position`` stands on an axis on which ``edges`` are at 0, 1, 2, ..."""
     return float(np.interp(position, edges, np.arange(len(edges))))
-
-
-def _count(tokens: int) -> str:
-    return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
 
 
 def _small(axes: Axes, metrics: Metrics, column: str, title: str, unit: str) -> Series:

@@ -1,5 +1,7 @@
 """All that a report shows of one run folder."""
 
+import contextlib
+import os
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +20,7 @@ from megatron_zebra.parallel.layout import Layout
 from megatron_zebra.pipeline.split import stages_of
 from megatron_zebra.planning.stages import Stages
 from megatron_zebra.report.run import (
+    MOST_COUNTED,
     ByPosition,
     Metrics,
     Series,
@@ -123,7 +126,7 @@ def _environment(file: Path) -> dict[str, int]:
     document = read_json(file) if file.exists() else {}
     if not isinstance(document, dict):
         raise UserError(f"{file}: is not what training writes (an object)")
-    return {name: value for name, value in document.items() if type(value) is int and value > 0}
+    return {name: value for name, value in document.items() if type(value) is int and 0 < value <= MOST_COUNTED}
 
 
 def _config(file: Path, world_size: int | None) -> Config:
@@ -144,44 +147,54 @@ def _results(folder: Path, config: Config) -> tuple[dict[str, ByPosition], dict[
     evaluated: dict[str, ByPosition] = {}
     answers: dict[str, Exact] = {}
     for name, (file, step) in newest_results(folder).items():
-        when = "" if step is None else f", step {step:,}"
-        if kinds.get(name) == "perplexity":
-            whose = "" if name == "perplexity" else f", {name}"
-            evaluated |= {f"{of}{whose}{when}": values for of, values in read_by_position(file).items()}
-        elif kinds.get(name) in ("answers", "retrieval"):
+        kind, when = kinds.get(name), "" if step is None else f", step {step:,}"
+        whose = ("" if name == kind else f", {name}") + when
+        if kind == "perplexity":
+            evaluated |= {f"{of}{whose}": values for of, values in read_by_position(file).items()}
+        elif kind in ("answers", "retrieval"):
             grids = _grids(read_json(file), str(file))
             if not grids:
                 raise UserError(f"{file}: is not an evaluation's result (exact by lengths and depth_edges)")
-            answers |= {f"{task or name}{when}": grid for task, grid in grids}
+            answers |= {f"{task}{whose}" if task else f"{name}{when}": grid for task, grid in grids}
     return evaluated, answers
 
 
-def _grids(document: Any, where: str, task: str = "") -> list[tuple[str, Exact]]:
+def _grids(document: Any, where: str) -> list[tuple[str, Exact]]:
     """Each table of ``evaluation.answers.tables`` in the document, at whatever depth, by the name that it stands under."""
-    if not isinstance(document, dict):
-        return []
-    if not {"lengths", "depth_edges", "exact"} <= document.keys():
-        return [grid for name, inner in document.items() for grid in _grids(inner, where, str(name))]
+    found, waiting = [], [("", document)]
+    while waiting:
+        task, inner = waiting.pop()
+        if isinstance(inner, dict) and {"lengths", "depth_edges", "exact"} <= inner.keys():
+            found.append((task, _grid(inner, where)))
+        elif isinstance(inner, dict):
+            waiting += reversed(inner.items())
+    return found
+
+
+def _grid(document: dict[str, Any], where: str) -> Exact:
     try:
         exact = np.array(document["exact"], dtype=np.float64)
-        edges = [f"{edge:g}" for edge in document["depth_edges"]]
+        edges = [f"{edge:.3g}" for edge in document["depth_edges"]]
         grid = Exact([f"{length:,}" for length in document["lengths"]], list(map("–".join, pairwise(edges))), exact)
     except (ValueError, TypeError, OverflowError):
         raise UserError(f"{where}: lengths, depth_edges and exact are not numbers") from None
     if exact.shape != (len(grid.lengths), len(grid.depths)):
         raise UserError(f"{where}: exact must have a row a length and a column a depth")
-    return [(task, grid)]
+    return grid
 
 
 def _checkpoints(root: Path) -> list[Saved]:
     try:
-        return [
-            Saved(
-                entry.step,
-                sum(file.stat().st_size for file in entry.folder.rglob("*") if file.is_file()),
-                entry.complete,
-            )
-            for entry in entries(root)
-        ]
+        return [Saved(entry.step, _size(entry.folder), entry.complete) for entry in entries(root)]
     except OSError as error:
         raise UserError(f"{root}: cannot be read ({error.strerror})") from None
+
+
+def _size(folder: Path) -> int:
+    """Bytes of its files; one that the run removes meanwhile counts nothing."""
+    size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                size += os.stat(os.path.join(place, name)).st_size
+    return size

@@ -27,7 +27,7 @@ def write_report(runs: Sequence[Run], file: Path) -> None:
     """Write the page whole or not at all; OSError if it cannot be written."""
     temporary = file.with_name(f".{file.name}.tmp")
     try:
-        temporary.write_text(page(runs), encoding="utf-8")
+        temporary.write_text(page(runs), encoding="utf-8", errors="replace")  # names may be no Unicode
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)

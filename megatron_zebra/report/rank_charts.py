@@ -43,7 +43,7 @@ def bytes_by_kind(runs: Sequence[Run]) -> Chart | Absent:
     for i, run in enumerate(runs):
         measured = {name: float(np.nanmean(values)) for name, values in _received(run).items()}
         for name, values, symbol in (("measured", measured, "circle"), ("planned", _planned(run), "circle-open")):
-            found = {kind: value / 2**20 for kind, value in values.items() if value}
+            found = {kind: value / 2**20 for kind, value in values.items() if value > 0}
             colour = style_of(runs, i)["colour"]
             if found:
                 dot = {"color": colour, "symbol": symbol, "size": 11, "line": {"width": 2, "color": colour}}

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,14 @@ from megatron_zebra.errors import UserError
 from megatron_zebra.model.architecture import Architecture, resolve
 
 Series = npt.NDArray[np.float64]
+LARGEST = float(np.finfo(np.float32).max)  # that a chart can show
+MOST_COUNTED = 2**53  # steps and tokens beyond it are no whole numbers to a chart
 _STEP = re.compile(r"^(.*)-step-(\d+)$")  # a result of training, as evaluation.tasks writes it
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Columns of metrics.jsonl; nan where a step has no such value (or an infinite one)."""
+    """Columns of metrics.jsonl; nan where a step has no such value (or one too large to show)."""
 
     steps: Series
     columns: dict[str, Series]
@@ -151,8 +152,9 @@ def _by_position(document: Any, where: str) -> dict[str, ByPosition]:
         raise UserError(f"{where}: is not an evaluation's result (sets with edges and loss_by_position)") from None
     for name, values in found.items():
         edges = values.edges
-        if len(edges) != len(values.loss) + 1 or len(edges) < 2 or any(a >= b for a, b in itertools.pairwise(edges)):
-            raise UserError(f"{where}: set '{name}' needs rising edges, one more than losses")
+        rising = all(a < b for a, b in itertools.pairwise([-1, *edges, MOST_COUNTED]))
+        if len(edges) != len(values.loss) + 1 or len(edges) < 2 or not rising:
+            raise UserError(f"{where}: set '{name}' needs rising edges from 0, one more than losses")
     return found
 
 
@@ -168,12 +170,13 @@ def _record(line: str, where: str) -> dict[str, Any]:
         record = json.loads(line)
     except (ValueError, RecursionError):
         raise UserError(f"{where}: is not JSON") from None
-    if not isinstance(record, dict) or isinstance(record.get("step"), bool) or not isinstance(record.get("step"), int):
+    step = record.get("step") if isinstance(record, dict) else None
+    if type(step) is not int or not 0 <= step <= MOST_COUNTED:
         raise UserError(f"{where}: is not a step's record (needs a whole number 'step')")
     return record
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST:
         return float(value)
     return math.nan

@@ -95,7 +95,10 @@ def loss(runs: Sequence[Run]) -> Chart | Absent:
             figure.add_trace(curve(steps, losses, labelled(runs, i, f"held out: {name}"), marked=True, **look))
     if not figure.data:
         return Absent(title, "no step had a finite loss")
-    return Chart(title, "nats per token", figure, "Training: faint each step, strong the running mean.")
+    smoothed = any(len(run.metrics.steps) > SMOOTHED_FROM for run in runs)
+    return Chart(
+        title, "nats per token", figure, "Training: faint each step, strong the running mean." if smoothed else ""
+    )
 
 
 def by_source(runs: Sequence[Run]) -> Chart | Absent:

@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from megatron_zebra.report.folder import read_runs
 from megatron_zebra.report.page import write_report
 from megatron_zebra.training.run_folder import write_description
-from tests.report.folders import evaluate
+from tests.report.folders import evaluate, run_folder
 from tests.training.cases import small
 from tests.training.runs import metrics, run
 
@@ -150,6 +150,21 @@ def test_a_phone_in_the_dark(page: Page, file: Path) -> None:
     # Wide tables scroll within themselves.
     wide = page.evaluate("[...document.querySelectorAll('.wide')].map((box) => box.getBoundingClientRect().right)")
     assert max(wide) <= 360
+
+
+PLOT = """(title) => document.querySelector(`.chart[data-title="${title}"] .nsewdrag`).getBoundingClientRect().height"""
+
+
+@pytest.mark.parametrize("page", [{"viewport": {"width": 360, "height": 740}, "is_mobile": True}], indirect=True)
+def test_lines_keep_their_room_under_many_names(page: Page, tmp_path: Path) -> None:
+    folders = [run_folder(tmp_path / f"a-run-of-a-long-name-and-number-{number}", 3) for number in range(10)]
+    room = []
+    for count in (1, 10):
+        write_report(read_runs(folders[:count]), tmp_path / "report.html")
+        page.goto((tmp_path / "report.html").as_uri())
+        page.wait_for_timeout(300)
+        room.append(page.evaluate(PLOT, "Throughput"))
+    assert room[1] > 0.75 * room[0]
 
 
 def _loss(chart: dict[str, Any], folders: list[Path]) -> None:

@@ -9,12 +9,18 @@ import pytest
 
 from megatron_zebra.config.load import load_config, to_yaml
 from megatron_zebra.errors import UserError
+from megatron_zebra.model.architecture import resolve
 from megatron_zebra.model.pattern import layer_kinds
+from megatron_zebra.planning.devices import DEVICES
+from megatron_zebra.planning.search import at_lengths
+from megatron_zebra.planning.step_time import Machine
+from megatron_zebra.report.plan import lengths_figure
 from megatron_zebra.report.plots import by_position_figure, write_plots
 from megatron_zebra.report.run import ByPosition, read_by_position, read_metrics
 from megatron_zebra.report.smooth import smooth
 from megatron_zebra.report.stripes import write_stripes
 
+H100 = Machine(next(device for device in DEVICES if device.name == "H100"))
 PNG = b"\x89PNG"
 
 
@@ -150,3 +156,11 @@ def test_stripes_are_written_alike_each_time(tmp_path: Path) -> None:
     assert len(first) < 100_000
     for kinds in (layer_kinds(1, 1), layer_kinds(126, 6)):
         assert write_stripes(tmp_path / "stripes.png", kinds, 4096).read_bytes().startswith(PNG)
+
+
+def test_lengths_of_a_plan_are_named_as_they_are() -> None:
+    config = load_config(None, {"model.vocab_size": 256, "data.train": ["text"]})
+    found, _ = at_lengths(resolve(config.model, 0, 2048), config, 1, H100, [512, 4096, 10000])
+    speed, memory = lengths_figure(found, 2**30).axes
+    for axes in (speed, memory):
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["512", "4k", "10000"]

@@ -1,8 +1,10 @@
 """What a report says of run folders, and one line for what is broken. How it looks: test_page.py."""
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,18 @@ from markupsafe import escape
 
 from megatron_zebra.errors import UserError, run_tool
 from megatron_zebra.planning.communication import busiest_bytes
-from megatron_zebra.report.charts import Chart
+from megatron_zebra.report.charts import COLOURS, Chart
 from megatron_zebra.report.folder import Run, Saved, read_runs
-from megatron_zebra.report.page import differences, facts, page
+from megatron_zebra.report.page import differences, facts, page, write_report
 from megatron_zebra.report.sections import sections
 from tests.report.folders import EDGES, TABLE, evaluate, record, run_folder, save, write_lines
 from tools import report
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def _edges(*edges: int) -> str:
+    return json.dumps({"sets": {"held": {"edges": edges, "loss_by_position": [2.0, 1.0]}}})
 
 
 def charts(runs: list[Run]) -> dict[str, Chart]:
@@ -60,23 +66,33 @@ def test_all_charts_of_an_evaluated_run(tmp_path: Path) -> None:
 
 
 def test_the_tasks_of_a_training_and_their_newest_results(tmp_path: Path) -> None:
-    tasks = [{"task": "retrieval", "interval": 10, "name": "far"}, {"task": "perplexity", "interval": 10}]
+    tasks = [{"task": "retrieval", "interval": 10, "name": name} for name in ("far", "near")] + [
+        {"task": "perplexity", "interval": 10}
+    ]
     folder = run_folder(tmp_path / "run", settings={"evaluation.tasks": tasks})
     lines = [record(step, **({"far/passkey/exact": step / 20} if step % 10 == 0 else {})) for step in range(1, 21)]
     write_lines(folder / "metrics.jsonl", lines)
     (folder / "evaluation").mkdir()
     for step in (10, 20):
-        table = TABLE | {"exact": [[step / 20, 0.0], [0.0, 0.0]]}
+        table = TABLE | {"exact": [[step / 20, 0.0], [0.0, 0.0]], "depth_edges": [0, 1 / 3, 1]}
         losses = {"held": {"edges": EDGES, "loss_by_position": [step, 2.2, 2.1]}}
-        for name, document in (("far", {"tasks": {"passkey": table}}), ("perplexity", {"sets": losses})):
+        retrieval = {"tasks": {"passkey": table}}
+        for name, document in (
+            ("far", retrieval),
+            ("near", {"tasks": {"passkey": TABLE}}),
+            ("perplexity", {"sets": losses}),
+        ):
             (folder / "evaluation" / f"{name}-step-{step:08d}.json").write_text(json.dumps({"step": step, **document}))
     runs = read_runs([folder])
     found = charts(runs)
     line = traces(found["far"])["passkey/exact"]
     assert (list(line.x), list(line.y)) == ([10, 20], [0.5, 1.0])
     assert absent(runs)["perplexity"] == "has not run yet (evaluation.tasks)"
-    (drawn,) = found["Answers by length and depth: passkey, step 20"].figure.data
+    (drawn,) = found["Answers by length and depth: passkey, far, step 20"].figure.data
     assert drawn.z[0][0] == 1
+    assert list(drawn.x) == ["0–0.333", "0.333–1"]
+    (drawn,) = found["Answers by length and depth: passkey, near, step 20"].figure.data
+    assert drawn.z[0][1] == 0.5
     assert traces(found["Loss by position"])["held, step 20, evaluated"].y[0] == 20
 
 
@@ -84,6 +100,7 @@ def test_what_is_left_out_says_why_and_no_chart_is_empty(tmp_path: Path) -> None
     write_lines(run_folder(tmp_path / "run") / "metrics.jsonl", [{"step": 1, "loss": 2.0, "grad_norm": None}])
     runs = read_runs([tmp_path / "run"])
     assert charts(runs).keys() == {"Training and held-out loss"}
+    assert not charts(runs)["Training and held-out loss"].note  # no running mean
     reasons = absent(runs)
     assert reasons["Gradient norm before clipping"] == "not recorded"
     assert "logging.peak_tflops" in reasons["MFU, windows counted"]
@@ -152,6 +169,14 @@ def test_an_older_run_without_its_environment(tmp_path: Path) -> None:
     page(runs)
 
 
+def test_a_vocabulary_that_is_no_number_of_tokens_is_unknown(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    (folder / "environment.json").write_text(json.dumps({"world_size": 1, "vocab_size": 10**400}))
+    runs = read_runs([folder])
+    assert "parameters" not in facts(runs)
+    page(runs)
+
+
 def test_checkpoints_and_their_sizes(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run")
     save(folder, 10, 3 << 20)
@@ -174,6 +199,61 @@ def test_names_are_text_and_not_html(tmp_path: Path) -> None:
     assert "&lt;b&gt;&amp;run" in html
 
 
+def test_a_name_in_a_title_is_escaped_once(tmp_path: Path) -> None:
+    folders = [run_folder(tmp_path / name) for name in ("a & b", "other")]
+    evaluate(folders[0])
+    for runs, title in (
+        (read_runs(folders), "a &amp; b: Answers by length and depth: needle"),
+        (read_runs(folders[:1]), "Answers by length and depth: needle"),
+    ):
+        assert f"<h3>{title} " in page(runs)
+
+
+def test_a_name_that_is_no_unicode(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    write_lines(folder / "metrics.jsonl", [record(1, **{"valid/\ud800": 2.0})])
+    write_report(read_runs([folder]), tmp_path / "report.html")
+    assert "held out: ?" in (tmp_path / "report.html").read_text()
+
+
+def test_a_value_too_large_to_show_is_none(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    write_lines(folder / "metrics.jsonl", [record(step, loss=1e308, step_time=1e308) for step in (1, 2)])
+    runs = read_runs([folder])
+    assert facts(runs)["time in steps"] == ["0:00:00"]
+    assert absent(runs)["Training and held-out loss"] == "no step had a finite loss"
+    page(runs)
+
+
+def test_more_runs_than_colours_look_different(tmp_path: Path) -> None:
+    runs = read_runs([run_folder(tmp_path / str(number), 3) for number in range(2 * len(COLOURS))])
+    lines = charts(runs)["Learning rate"].figure.data
+    assert len({(line.line.color, line.line.dash) for line in lines}) == len(runs)
+
+
+def test_names_of_windows_near_each_other_stand_one_below_the_other(tmp_path: Path) -> None:
+    folders = [run_folder(tmp_path / str(window), settings={"model.window_size": window}) for window in (16, 32)]
+    for folder in folders:
+        evaluate(folder)
+    first, second = charts(read_runs(folders))["Loss by position"].figure.layout.shapes
+    assert (first.label.text, second.label.text) == ("window 16", "window 32")
+    assert first.y1 > second.y1
+
+
+def test_a_file_that_a_run_removes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run_folder(tmp_path / "run")
+    save(folder, 10, 1000)
+    listed = os.walk
+
+    def walk(top: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+        for place, folders, files in listed(top):
+            (Path(place) / "data").unlink()
+            yield place, folders, files
+
+    monkeypatch.setattr(os, "walk", walk)
+    assert read_runs([folder])[0].checkpoints == [Saved(10, 2, True)]
+
+
 def test_runs_of_one_name_go_by_their_paths(tmp_path: Path) -> None:
     folders = [run_folder(tmp_path / "a" / "run"), run_folder(tmp_path / "b" / "run"), run_folder(tmp_path / "c")]
     assert [run.name for run in read_runs(folders)] == [str(folders[0]), str(folders[1]), "c"]
@@ -186,6 +266,8 @@ def test_runs_of_one_name_go_by_their_paths(tmp_path: Path) -> None:
     [
         ("metrics.jsonl", '{"step": 1}\n{oops}\n', "line 2: is not JSON"),
         ("metrics.jsonl", "", "holds no step yet"),
+        ("metrics.jsonl", f'{{"step": {10**400}}}\n', "line 1: is not a step's record"),
+        ("metrics.jsonl", '{"step": -1}\n', "line 1: is not a step's record"),
         ("metrics.jsonl", None, "cannot be read"),
         ("config.yaml", None, "cannot be read"),
         ("config.yaml", "model: {hidden_size: many}\nmodle: {}", "hidden_size"),
@@ -200,10 +282,14 @@ def test_runs_of_one_name_go_by_their_paths(tmp_path: Path) -> None:
         ("environment.json", "[]", "is not what training writes"),
         ("evaluation.jsonl", '{"step": 1, "sets": {"a": {}}}\n', "line 1: is not an evaluation's result"),
         ("evaluation.jsonl", '{"step": 1}\n', "line 1: is not an evaluation's result"),
+        ("evaluation.jsonl", f'{{"step": {10**400}, "sets": {{}}}}\n', "line 1: is not a step's record"),
         ("evaluation/perplexity.json", "{}", "is not an evaluation's result"),
+        ("evaluation/perplexity.json", _edges(0, 1, 10**400), "needs rising edges from 0"),
+        ("evaluation/perplexity.json", _edges(-2, 0, 5), "needs rising edges from 0"),
         ("evaluation/answers.json", '{"exact": 1}', "is not an evaluation's result"),
         ("evaluation/retrieval.json", "nothing", "is not JSON"),
         ("evaluation/retrieval.json", "[" * 100_000, "is not JSON"),
+        ("evaluation/retrieval.json", '{"a":' * 900 + "1" + "}" * 900, "is not an evaluation's result"),
         ("evaluation/retrieval.json", json.dumps(TABLE | {"depth_edges": [0, 1, 10**400]}), "are not numbers"),
         ("evaluation/retrieval.json", json.dumps(TABLE | {"lengths": [1024]}), "a row a length"),
         ("evaluation/retrieval.json", json.dumps(TABLE | {"exact": [["x", 1], [1, 1]]}), "are not numbers"),

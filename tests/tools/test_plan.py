@@ -66,6 +66,15 @@ def test_a_layout_by_length_and_its_picture(tmp_path: Path) -> None:
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_length_that_cannot_be_planned_has_its_reason(tmp_path: Path) -> None:
+    words = ["--config", SMALL_RECIPE, "--gpus", "64", "--gpu", "h100", "--output", str(tmp_path / "plan.svg")]
+    done = run(*words, "--lengths", "30000")
+    assert done.returncode == 0, done.stderr
+    assert "     30,000  training.global_batch_size = 139: must be a multiple of" in done.stdout
+    assert done.stdout.splitlines()[-1] == "no picture: none of these lengths can be planned"
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_left_out_is_said() -> None:
     words = ["--config", "launch/recipes/adapt-llama3-8b-1m.yaml", "--gpus", "64", "--gpu", "h100"]
     assert "the teacher" not in run(*words).stdout
@@ -84,6 +93,16 @@ def test_what_is_left_out_is_said() -> None:
         (["--gpus", "512", "--gpu", "h100", "--parallel.tpp", "2"], "parallel.tpp: "),
         (["--gpus", "512", "--gpu", "h100", "--model.vocab_size", "null"], "model.vocab_size = null: must be given"),
         (["--gpus", "512", "--gpu", "h100", "--output", "x.png"], "--output: draws the comparison of --lengths"),
+        (
+            ["--gpus", "512", "--gpu", "h100", "--lengths", "32768", "--output", "x.xyz"],
+            "--output x.xyz: must end in .png or .svg",
+        ),
+        (
+            ["--gpus", "512", "--gpu", "h100", "--lengths", "131072", "--output", "README.md/x.png"],
+            "--output README.md/x.png: cannot be written",
+        ),
+        (["--gpus", "512", "--gpu", "h100", "--dry-run"], "--dry-run: is an option of training"),
+        (["--gpus", "512", "--gpu", "h100", "--world-size", "8"], "--world-size: is an option of training"),
     ],
 )
 def test_a_mistake_is_one_line(words: list[str], line: str) -> None:

@@ -9,7 +9,7 @@ Each is a run (its metrics and evaluation/*.json), a model's folder with evaluat
 import argparse
 from pathlib import Path
 
-from megatron_zebra.data.arguments import output_name
+from megatron_zebra.data.arguments import check_picture, output_name
 from megatron_zebra.errors import UserError
 from megatron_zebra.evaluation.tasks.common import make_room, writing
 
@@ -29,8 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     paths, output = arguments.results, arguments.output
     if len(paths) < 2:
         raise UserError(f"{paths[0]}: is one result; two or more can be compared")
-    if output.suffix not in (".png", ".svg"):
-        raise UserError(f"--output {output}: must end in .png or .svg")
+    check_picture(output)
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
