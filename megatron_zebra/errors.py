@@ -1,6 +1,7 @@
 """Errors that are the user's to mend."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -62,8 +63,10 @@ def tell(error: UserError) -> None:
 def run_tool(main: Callable[[], None]) -> None:
     """Run a command line's ``main``; a UserError becomes one line on stderr and its exit code.
 
-    Where nobody reads the output any more (``| head``), it ends as a program that SIGPIPE has ended: with 141.
+    Letters that the output's encoding lacks are shown as ``?``. Where nobody reads the output any more (``| head``), it ends as a program that SIGPIPE has ended: with 141.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         with naming_files():
             main()

@@ -33,6 +33,13 @@ def test_the_system_s_complaint_about_a_file_is_one_line(capsys: pytest.CaptureF
         raise BrokenPipeError  # about no file
 
 
+def test_letters_that_the_output_lacks_are_no_failure() -> None:
+    program = "from megatron_zebra.errors import run_tool; run_tool(lambda: print('a漢'))"
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "a?\n", "")
+
+
 def test_output_that_nobody_reads_ends_a_tool_as_sigpipe_does() -> None:
     program = "from megatron_zebra.errors import run_tool; run_tool(lambda: print('x' * 10**6, '\\n'))"
     read, write = os.pipe()
