@@ -75,7 +75,7 @@ def main() -> None:
         name, _, rest = problem.partition(" ")
         raise UserError(f"--{name.replace('_', '-')} {rest}")
     size = launched().world_size
-    with world(arguments.device, 600.0, tp=size) as grid:
+    with world(arguments.device, 600.0, tp=size, named="--device") as grid:
         source = open_model(arguments.checkpoint)
         check_tp(source.architecture, size, f"{size} processes")
         tokenizer, place = tokenizer_of(source, arguments.tokenizer)
@@ -183,7 +183,7 @@ def _said() -> str:
     except EOFError:
         return ""
     except UnicodeDecodeError:
-        raise UserError("--chat: a message is not UTF-8 text") from None
+        raise UserError("--chat: a message must be UTF-8 text") from None
     _check_text(text, "--chat: a message")
     return text
 
@@ -193,7 +193,7 @@ def _check_text(text: str, named: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{named} {text!r}: is not UTF-8 text") from None
+        raise UserError(f"{named} {text!r}: must be UTF-8 text") from None
 
 
 def _read(file: Path) -> str:

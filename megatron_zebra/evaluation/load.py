@@ -56,7 +56,7 @@ def opened(arguments: argparse.Namespace, result: str, longest: int = 1, tp: int
     if size % prod(axes.values()):
         given = " x ".join(f"--{axis} {ranks}" for axis, ranks in axes.items())
         raise UserError(f"{given}: must divide the number of processes, {size} (torchrun --nproc-per-node starts more)")
-    with world(arguments.device, 600.0, **axes) as grid:
+    with world(arguments.device, 600.0, **axes, named="--device") as grid:
         source = open_model(arguments.checkpoint, WorldCollective(grid))
         check_tp(source.architecture, axes["tp"], f"{tp} processes" if tp else f"--tp {axes['tp']}")
         if axes["pp"] > source.architecture.num_layers:

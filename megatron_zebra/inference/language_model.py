@@ -39,7 +39,7 @@ class LanguageModel:
             UserError: ids that are no whole numbers of the vocabulary, or more logits than the memory holds.
         """
         rows = self._checked(ids)
-        _same_length(rows, "logits() takes prompts of one length; logit_chunks() takes one at a time")
+        _same_length(rows, "logit_chunks() takes one at a time")
         check_logits_room(self.arch, self.device, len(rows), len(rows[0]))
         head = self.decoder.head
         assert head is not None
@@ -99,7 +99,7 @@ class LanguageModel:
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         prompts = self._checked(ids)
-        _same_length(prompts, "generate() takes prompts of one length; stream() takes any")
+        _same_length(prompts, "stream() takes any")
         rows = [prompt.tolist() for prompt in prompts]
         for step in self.stream(ids, max_new_tokens, sampling, seed, stop_tokens, prefill_chunk):
             for row, token in zip(rows, step):
@@ -221,7 +221,7 @@ def _row(number: int, row: torch.Tensor | Sequence[int]) -> torch.Tensor:
         ) from None
 
 
-def _same_length(prompts: Sequence[torch.Tensor], rule: str) -> None:
+def _same_length(prompts: Sequence[torch.Tensor], other: str) -> None:
     lengths = sorted({len(prompt) for prompt in prompts})
     if len(lengths) > 1:
-        raise UserError(f"prompts of {lengths[0]} to {lengths[-1]} tokens: {rule}")
+        raise UserError(f"prompts of {lengths[0]} to {lengths[-1]} tokens: must be of one length; {other}")

@@ -24,7 +24,7 @@ def load(path: str | Path, device: str = "auto", precision: str | None = None) -
     """
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device {device}: must be auto, cpu or cuda")
-    return language_model(open_model(Path(path)), pick_device(device, 0), precision)
+    return language_model(open_model(Path(path)), pick_device(device, 0, "device"), precision)
 
 
 def language_model(

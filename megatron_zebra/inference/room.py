@@ -20,6 +20,8 @@ def check_room(arch: Architecture, decoder: torch.nn.Module, lengths: Sequence[i
     free = free_bytes(param.device)
     if free is None:
         return
+    if param.device.type == "cpu":
+        free //= tp  # the ranks of a layer share the machine
 
     def needed(sizes: Sequence[int]) -> int:
         kept = sum(kv_cache_bytes(arch, tokens, param.element_size(), tp, BLOCK) for tokens in sizes)

@@ -93,7 +93,7 @@ def test_the_ends_of_what_is_allowed_still_draw(limits: dict[str, Any]) -> None:
         ([[True]], r"prompt 0: is bool \[1\]"),
         ([[2**70]], r"prompt 0: is \[1180591620717411303424\]; must be whole numbers"),
         (["ab"], "prompt 0: is 'ab'; must be whole numbers"),
-        ([[1, 2], [3]], "prompts of 1 to 2 tokens: .* takes prompts of one length"),
+        ([[1, 2], [3]], "prompts of 1 to 2 tokens: must be of one length"),
         ([[1], [-1]], "prompt 1: token -1 is outside the vocabulary"),
     ],
 )
@@ -193,6 +193,9 @@ def test_a_prompt_beyond_the_memory_is_told_what_fits(monkeypatch: pytest.Monkey
     assert asked.generate([[1] * 3000], 72).shape == (1, 3072)
     with pytest.raises(UserError, match=r"1 sequence of up to 3,073 tokens: .*; 3,072 tokens each would fit"):
         asked.generate([[1] * 3000], 73)
+    room.check_room(asked.arch, asked.decoder, [3072])
+    with pytest.raises(UserError, match=r"1 sequence of up to 3,072 tokens: .* 1,024 tokens each would fit"):
+        room.check_room(asked.arch, asked.decoder, [3072], tp=4)  # on one machine, which they share
 
 
 def test_a_container_s_limit_is_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

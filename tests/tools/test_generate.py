@@ -142,7 +142,7 @@ def test_a_message_that_is_no_text_is_told(
     code, _, err = said(monkeypatch, capsys, "--checkpoint", folder, "--chat", "--device", "cpu")
     assert code == 2
     assert err.startswith("error: --chat: a message")
-    assert err.endswith("is not UTF-8 text\n")
+    assert err.endswith("must be UTF-8 text\n")
 
 
 def test_a_stop_string_that_is_never_met_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -183,19 +183,21 @@ def test_a_talk_takes_a_template_and_ends_where_it_ends_a_turn(
         (["--chat", "--chat-template", "none.jinja"], "--chat-template none.jinja: cannot be read"),
         (["--prompt", ""], "--prompt '': is empty"),
         (["--prompt-file", "/dev/null"], "--prompt-file /dev/null: is empty"),
-        (["--prompt", "a\udcff"], "--prompt 'a\\udcff': is not UTF-8 text"),
-        (["--prompt", "a", "--stop", "\udcff"], "--stop '\\udcff': is not UTF-8 text"),
+        (["--prompt", "a\udcff"], "--prompt 'a\\udcff': must be UTF-8 text"),
+        (["--prompt", "a", "--stop", "\udcff"], "--stop '\\udcff': must be UTF-8 text"),
         (["--prompt", "a", "--temperature", "x"], "--temperature: invalid float value: 'x'"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0: must be 1 or more"),
         (["--prompt", "a", "--stop", ""], "--stop: must not be empty"),
         (["--prompt", "a", "--top-p", "2"], "--top-p 2.0: must be above 0 and at most 1"),
         (["--prompt-file", "none.txt"], "--prompt-file none.txt: cannot be read"),
+        (["--prompt", "a", "--device", "cuda"], "--device cuda: no CUDA device here (allowed: auto, cpu)"),
         (["--prompt", "a", "--tokenizer", "none"], "none: no such file"),
     ],
 )
 def test_bad_input_is_one_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, words: list[str], line: str
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code, out, err = said(monkeypatch, capsys, "--checkpoint", folder, "--device", "cpu", *words)
     assert (code, out) == (2, "")
     assert err.startswith(f"error: {line}")
