@@ -50,7 +50,8 @@ def check_tp(arch: Architecture, tp: int, given: str) -> None:
 
 def tokenizer_of(source: ModelSource, given: Path | None) -> tuple[Tokenizer, Path]:
     """The tokenizer ``given``, or the one that came with the model; and where it is."""
-    place = given or origin_of(source.folder) or source.folder
+    beside = source.folder if source.folder.is_dir() else source.folder.parent  # of a GGUF file
+    place = given or origin_of(source.folder) or beside
     try:
         tokenizer = load_tokenizer(place)
     except UserError as error:

@@ -1,6 +1,7 @@
 """Generation: greedy equals transformers, sampling follows its limits, batches equal single sequences."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -12,8 +13,9 @@ from benchmarks.transformers_model import transformers_cwm
 from megatron_zebra.errors import UserError
 from megatron_zebra.inference import language_model, room
 from megatron_zebra.inference.language_model import LanguageModel
-from megatron_zebra.inference.load import check_tp
+from megatron_zebra.inference.load import check_tp, tokenizer_of
 from megatron_zebra.inference.sample import Sampling, next_tokens, probabilities
+from tests.data.chatting import chat_tokenizer
 from tests.model.test_decoder import make
 
 
@@ -140,6 +142,17 @@ def test_ranks_that_cannot_divide_the_model_are_told() -> None:
     arch, _ = make(num_heads=6, num_kv_heads=3, hidden_size=48, ffn_hidden_size=50)
     with pytest.raises(UserError, match="3 processes: must divide the model's 6 heads and 50 columns of the MLP"):
         check_tp(arch, 3, "3 processes")
+
+
+def test_a_gguf_file_s_tokenizer_is_beside_it(tmp_path: Path) -> None:
+    chat_tokenizer(tmp_path)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    source: Any = SimpleNamespace(folder=tmp_path / "model.gguf", architecture=SimpleNamespace(vocab_size=300))
+    tokenizer, place = tokenizer_of(source, None)
+    assert (tokenizer.vocab_size, place) == (300, tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"none is beside the model \(.*: a folder without tokenizer.json"):
+        tokenizer_of(source, None)
 
 
 def test_limits_leave_the_right_tokens() -> None:
