@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_zebra.errors import UserError, run_tool
+from megatron_zebra.errors import UserError, run_tool, tell
 from megatron_zebra.evaluation.tasks.common import Parser
 
 
@@ -166,8 +166,16 @@ def _chat(arguments: argparse.Namespace, asked: _Asked, place: Path) -> None:
         messages.append({"role": "system", "content": arguments.system})
     while said := _said():
         messages.append({"role": "user", "content": said})
+        try:
+            coming = asked.stream([template.prompt(messages, "this conversation")])[1]
+        except UserError as error:
+            if not sys.stdin.isatty():
+                raise
+            tell(error)  # a person can say it otherwise, and keeps the talk
+            messages.pop()
+            continue
         answer = ""
-        for _, text in asked.stream([template.prompt(messages, "this conversation")])[1]:
+        for _, text in coming:
             answer += text
             print(text, end="", flush=True)
         print()

@@ -133,6 +133,19 @@ def test_a_talk_without_any_input_ends(folder: Path, monkeypatch: pytest.MonkeyP
     assert said(monkeypatch, capsys, "--checkpoint", folder, "--chat", "--device", "cpu") == (0, "", "")
 
 
+@pytest.mark.parametrize("person", [True, False])
+def test_a_slip_does_not_cost_a_person_the_talk(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, person: bool
+) -> None:
+    typed = io.StringIO("Hello.\nWhat is <|im_end|>?\nHello again.\n")
+    monkeypatch.setattr(typed, "isatty", lambda: person)
+    monkeypatch.setattr(io, "StringIO", lambda _: typed)
+    words = ["--checkpoint", folder, "--chat", "--max-new-tokens", 3, "--device", "cpu"]
+    code, out, err = said(monkeypatch, capsys, *words)
+    assert err == "error: this conversation, message 3: its text holds the special token '<|im_end|>'\n"
+    assert (code, out.count("> ")) == ((0, 4) if person else (2, 0))
+
+
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
 def test_a_message_that_is_no_text_is_told(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, errors: str
