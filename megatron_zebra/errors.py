@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -63,8 +64,11 @@ def tell(error: UserError) -> None:
 def run_tool(main: Callable[[], None]) -> None:
     """Run a command line's ``main``; a UserError becomes one line on stderr and its exit code.
 
-    Where nobody reads the output any more (``| head``), it ends as a program that SIGPIPE has ended: with 141.
+    Letters that the output's encoding lacks are shown as ``?``. Where nobody reads the output any more (``| head``), it
+    ends as a program that SIGPIPE has ended: with 141.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         with naming_files():
             main()

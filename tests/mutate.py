@@ -895,8 +895,8 @@ MUTATIONS = [
     Mutation(
         "a picture that is out of date",
         "megatron_zebra/planning/kv_cache.py",
-        "arch.window_size + 1 for kind",
-        "whole for kind",
+        "else arch.window_size + 1",
+        "else tokens",
         "tests/docs/test_pictures.py",
     ),
     Mutation(

@@ -53,6 +53,13 @@ def test_output_to_a_full_disk_is_one_line(letters: int) -> None:
     assert done.stderr == "error: No space left on device: the output needs room where it is written\n"
 
 
+def test_letters_that_the_output_lacks_are_no_failure() -> None:
+    program = "from megatron_zebra.errors import run_tool; run_tool(lambda: print('a漢'))"
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "a?\n", "")
+
+
 def test_output_that_nobody_reads_ends_a_tool_as_sigpipe_does() -> None:
     program = "from megatron_zebra.errors import run_tool; run_tool(lambda: print('x' * 10**6, '\\n'))"
     read, write = os.pipe()

@@ -15,13 +15,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_zebra.errors import UserError, run_tool
+from megatron_zebra.errors import UserError, run_tool, tell
+from megatron_zebra.evaluation.tasks.common import Parser
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint, run or Hugging Face folder")
     top.add_argument("--tokenizer", type=Path, help="file or folder (default: the one kept beside the model)")
+    top.add_argument(
+        "--no-bos", action="store_true", help="no token before a prompt, where the tokenizer's rules add one"
+    )
     what = top.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", metavar="TEXT", help="once for each text to go on from")
     what.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file as the prompt")
@@ -54,9 +58,13 @@ def main() -> None:
     for name in ("chat_template", "system"):
         if getattr(arguments, name) is not None and not arguments.chat:
             raise UserError(f"--{name.replace('_', '-')}: is for a talk; give --chat too")
+    for name in ("prompt", "stop", "system"):
+        given = getattr(arguments, name)
+        for text in [given] if isinstance(given, str) else given or []:
+            _check_text(text, f"--{name}")
 
     from megatron_zebra.convert.source import open_model
-    from megatron_zebra.inference.load import language_model, tokenizer_of
+    from megatron_zebra.inference.load import check_tp, language_model, tokenizer_of
     from megatron_zebra.inference.sample import Sampling
     from megatron_zebra.launched import launched
     from megatron_zebra.parallel.process import world
@@ -67,11 +75,9 @@ def main() -> None:
         name, _, rest = problem.partition(" ")
         raise UserError(f"--{name.replace('_', '-')} {rest}")
     size = launched().world_size
-    with world(arguments.device, 600.0, tp=size) as grid:
+    with world(arguments.device, 600.0, tp=size, named="--device") as grid:
         source = open_model(arguments.checkpoint)
-        heads, kv = source.architecture.num_heads, source.architecture.num_kv_heads
-        if heads % size or (kv % size and size % kv):
-            raise UserError(f"{size} processes: must divide the model's {heads} heads and {kv} KV heads")
+        check_tp(source.architecture, size, f"{size} processes")
         tokenizer, place = tokenizer_of(source, arguments.tokenizer)
         asked = _Asked(
             arguments, source, language_model(source, grid.device, arguments.precision, grid.tp), tokenizer, sampling
@@ -124,7 +130,10 @@ def _complete(arguments: argparse.Namespace, asked: _Asked, tell: bool) -> None:
     prompts = [asked.tokenizer.encode(text) for text in texts]
     for text, prompt in zip(texts, prompts):
         if not prompt:
-            raise UserError(f"--prompt {text!r}: is empty; at least one token is needed")
+            named = f"--prompt {text!r}" if arguments.prompt else f"--prompt-file {arguments.prompt_file}"
+            raise UserError(f"{named}: is empty; at least one token is needed")
+    if not arguments.no_bos:
+        prompts = [[*asked.tokenizer.prefix, *prompt] for prompt in prompts]
     whole = [""] * len(texts)
     streamed, coming = asked.stream(prompts)
     if len(texts) == 1 and tell:
@@ -134,8 +143,9 @@ def _complete(arguments: argparse.Namespace, asked: _Asked, tell: bool) -> None:
         if len(texts) == 1 and tell:
             print(text, end="", flush=True)
     if tell:
-        print()
-        if len(texts) > 1:
+        if len(texts) == 1:
+            print()
+        else:
             for number, (text, more) in enumerate(zip(texts, whole)):
                 print(f"== {number}\n{text}{more}")
         missed = sum(not text.stopped for text in streamed)
@@ -154,20 +164,44 @@ def _chat(arguments: argparse.Namespace, asked: _Asked, place: Path) -> None:
     messages: list[Message] = []
     if arguments.system:
         messages.append({"role": "system", "content": arguments.system})
-    while True:
-        try:
-            said = input("> ").strip() if sys.stdin.isatty() else input().strip()
-        except EOFError:
-            return
-        if not said:
-            return
+    while said := _said():
         messages.append({"role": "user", "content": said})
+        try:
+            coming = asked.stream([template.prompt(messages, "this conversation")])[1]
+        except UserError as error:
+            if not sys.stdin.isatty():
+                raise
+            tell(error)  # a person can say it otherwise, and keeps the talk
+            messages.pop()
+            continue
         answer = ""
-        for _, text in asked.stream([template.prompt(messages, "this conversation")])[1]:
+        for _, text in coming:
             answer += text
             print(text, end="", flush=True)
         print()
         messages.append({"role": "assistant", "content": answer})
+
+
+def _said() -> str:
+    """What the person says next; nothing at the end, or where there is no input at all."""
+    if sys.stdin is None:
+        return ""
+    try:
+        text = input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+    except UnicodeDecodeError:
+        raise UserError("--chat: a message must be UTF-8 text") from None
+    _check_text(text, "--chat: a message")
+    return text
+
+
+def _check_text(text: str, named: str) -> None:
+    """UserError for what came in as bytes that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{named} {text!r}: must be UTF-8 text") from None
 
 
 def _read(file: Path) -> str:

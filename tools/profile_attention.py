@@ -70,7 +70,7 @@ def main() -> None:
     from megatron_zebra.report.attention_profile import write_profile
 
     pair = IndexedPair(arguments.data)
-    with world(arguments.device, 600.0) as grid:
+    with world(arguments.device, 600.0, named="--device") as grid:
         dtype = torch.float32 if arguments.precision == "fp32" else torch.bfloat16
         arch, model = load_model(arguments.checkpoint, grid.device, dtype)
         if warning := check_vocabulary(pair, arch.vocab_size):

@@ -92,6 +92,15 @@ def special_ids(folder: Path) -> dict[str, Any]:
     return ids
 
 
+def end_ids(folder: Path) -> set[int]:
+    """All tokens that config.json or generation_config.json of ``folder`` ends a text with: the two may name different ones."""
+    named: set[int] = set()
+    for name in (GENERATION, CONFIG):
+        said: Any = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        named |= {number for number in (said if isinstance(said, list) else [said]) if type(number) is int}
+    return named
+
+
 def check_tokenizer(folder: Path, vocab_size: int) -> None:
     """Raise UserError if a tokenizer in ``folder`` makes ids for which a model of ``vocab_size`` has no row."""
     for name, largest in _largest_ids(folder).items():

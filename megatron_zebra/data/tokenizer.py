@@ -86,7 +86,8 @@ class SentencePieceTokenizer:
         return [self._model.EncodeAsIds(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._model.DecodeIds([int(number) for number in ids])
+        # A model may have more rows than there are pieces; the others are no text, as in a tokenizer.json.
+        return self._model.DecodeIds([int(number) for number in ids if number < self.vocab_size])
 
     def token_id(self, token: str) -> int | None:
         number = self._model.PieceToId(token)

@@ -15,6 +15,7 @@ from megatron_zebra.convert.source import ModelSource, open_model
 from megatron_zebra.errors import UserError
 from megatron_zebra.evaluation.subject import Subject
 from megatron_zebra.evaluation.tasks.common import make_room, output_of
+from megatron_zebra.inference.load import check_tp
 from megatron_zebra.launched import launched
 from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.model.decoder import Decoder
@@ -41,21 +42,25 @@ class Opened(NamedTuple):
 
 
 @contextmanager
-def opened(arguments: argparse.Namespace, result: str, longest: int = 1) -> Iterator[Opened]:
+def opened(arguments: argparse.Namespace, result: str, longest: int = 1, tp: int | None = None) -> Iterator[Opened]:
     """The model of ``arguments.checkpoint`` on all processes, divided by --tp, --cp, --pp; several copies share the work.
 
     Args:
         result: name of the file if ``arguments.output`` names none.
         longest: tokens of the longest row, the length that pipeline stages are balanced for.
+        tp: of a task without --tp.
     """
     axes: dict[str, Any] = {axis: getattr(arguments, axis, 1) for axis in ("tp", "cp", "pp")}
+    axes["tp"] = tp or axes["tp"]
     size = launched().world_size
     if size % prod(axes.values()):
         given = " x ".join(f"--{axis} {ranks}" for axis, ranks in axes.items())
         raise UserError(f"{given}: must divide the number of processes, {size} (torchrun --nproc-per-node starts more)")
-    with world(arguments.device, 600.0, **axes) as grid:
+    with world(arguments.device, 600.0, **axes, named="--device") as grid:
         source = open_model(arguments.checkpoint, WorldCollective(grid))
-        _check_divisible(source.architecture, **axes)
+        check_tp(source.architecture, axes["tp"], f"{tp} processes" if tp else f"--tp {axes['tp']}")
+        if axes["pp"] > source.architecture.num_layers:
+            raise UserError(f"--pp {axes['pp']}: must not be above the model's {source.architecture.num_layers} layers")
         output = output_of(arguments, source.folder, result)
         if grid.is_main:
             make_room(output)
@@ -73,11 +78,3 @@ def load_subject(source: ModelSource, grid: Grid, dtype: torch.dtype, longest: i
     stage = load_decoder(source, grid.device, dtype, tp=grid.tp, layers=stages.layers[grid.pp.rank])
     runner = Pipeline({grid.pp.rank: stage}, pp, "1f1b", grid, arch.hidden_size, dtype, collect=lambda: None)
     return Subject(arch, grid, runner, context, None)
-
-
-def _check_divisible(arch: Architecture, tp: int, cp: int, pp: int) -> None:
-    heads, kv, ffn = arch.num_heads, arch.num_kv_heads, arch.ffn_hidden_size
-    if heads % tp or ffn % tp or (kv % tp and tp % kv):
-        raise UserError(f"--tp {tp}: must divide the model's {heads} heads, {kv} KV heads and {ffn} columns of the MLP")
-    if pp > arch.num_layers:
-        raise UserError(f"--pp {pp}: must not be above the model's {arch.num_layers} layers")

@@ -20,7 +20,7 @@ PREFILL_CHUNK = 2048
 SEEDS = 2**64  # what a generator takes is below
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
 
-Prompts = torch.Tensor | Sequence[Sequence[int]]
+Prompts = torch.Tensor | Sequence[torch.Tensor | Sequence[int]]
 
 
 class LanguageModel:
@@ -33,27 +33,31 @@ class LanguageModel:
 
     @torch.inference_mode()
     def logits(self, ids: torch.Tensor | Sequence[Sequence[int]]) -> torch.Tensor:
-        """Of every token, without a cache. ids: [B, T] -> [B, T, V].
+        """Of every token, without a cache. ids: [B, T] -> [B, T, V], fp32 whatever the model's precision.
 
         Raises:
             UserError: ids that are no whole numbers of the vocabulary, or more logits than the memory holds.
         """
         rows = self._checked(ids)
-        if len({len(row) for row in rows}) > 1:
-            raise ValueError("logits() takes prompts of one length")
-        check_logits_room(self.arch, self.decoder, len(rows), len(rows[0]))
+        _same_length(rows, "logit_chunks() takes one at a time")
+        check_logits_room(self.arch, self.device, len(rows), len(rows[0]))
         head = self.decoder.head
         assert head is not None
-        return torch.stack([head.logits(packed_states(self.decoder, [row.to(self.device)])) for row in rows])
+        logits = torch.empty(len(rows), len(rows[0]), self.arch.vocab_size, device=self.device)
+        for out, row in zip(logits, rows):
+            states = packed_states(self.decoder, [row.to(self.device)])
+            for part, some in zip(out.split(PREFILL_CHUNK), states.split(PREFILL_CHUNK)):
+                part.copy_(head.logits(some))
+        return logits
 
     @torch.no_grad()
-    def logit_chunks(self, prompt: torch.Tensor, chunk: int = PREFILL_CHUNK) -> Iterator[torch.Tensor]:
+    def logit_chunks(self, prompt: torch.Tensor | Sequence[int], chunk: int = PREFILL_CHUNK) -> Iterator[torch.Tensor]:
         """Of every token of one prompt [T], in order, those of ``chunk`` tokens at a time: [n, V]. Keeps the keys alone.
 
         Raises:
             UserError: a token outside the vocabulary, or a prompt too long for the memory.
         """
-        (row,) = self._checked(prompt[None])
+        (row,) = self._checked([prompt])
         check_room(self.arch, self.decoder, [len(row)], self.tp.size)
         cache = Cache(1)
         for part in row.to(self.device).split(chunk):
@@ -95,8 +99,7 @@ class LanguageModel:
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         prompts = self._checked(ids)
-        if len({len(prompt) for prompt in prompts}) > 1:
-            raise ValueError("generate() takes prompts of one length; stream() takes any")
+        _same_length(prompts, "stream() takes any")
         rows = [prompt.tolist() for prompt in prompts]
         for step in self.stream(ids, max_new_tokens, sampling, seed, stop_tokens, prefill_chunk):
             for row, token in zip(rows, step):
@@ -181,7 +184,7 @@ class LanguageModel:
 
     def _checked(self, ids: Prompts) -> list[torch.Tensor]:
         """Each prompt [T] int64 on the host."""
-        given = [torch.as_tensor(row).cpu() for row in ids]
+        given = [_row(number, row) for number, row in enumerate(ids)]
         if not given:
             raise UserError("there is no prompt; at least one is needed")
         for number, row in enumerate(given):
@@ -201,3 +204,19 @@ class LanguageModel:
                     f"prompt {number}: token {wrong} is outside the vocabulary 0 .. {self.arch.vocab_size - 1}"
                 )
         return rows
+
+
+def _row(number: int, row: torch.Tensor | Sequence[int]) -> torch.Tensor:
+    try:
+        return torch.as_tensor(row).cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # torch's words for a text, a number too large, ...
+        shown = repr(row)
+        raise UserError(
+            f"prompt {number}: is {shown if len(shown) < 100 else shown[:100] + '...'}; must be whole numbers of the vocabulary"
+        ) from None
+
+
+def _same_length(prompts: Sequence[torch.Tensor], other: str) -> None:
+    lengths = sorted({len(prompt) for prompt in prompts})
+    if len(lengths) > 1:
+        raise UserError(f"prompts of {lengths[0]} to {lengths[-1]} tokens: must be of one length; {other}")

@@ -1,16 +1,16 @@
 """From a path to a model that answers."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from megatron_zebra.convert.kept import origin_of, special_ids
+from megatron_zebra.convert.kept import end_ids, origin_of
 from megatron_zebra.convert.load import load_decoder
 from megatron_zebra.convert.source import ModelSource, open_model
 from megatron_zebra.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_zebra.errors import UserError
 from megatron_zebra.inference.language_model import LanguageModel
+from megatron_zebra.model.architecture import Architecture
 from megatron_zebra.parallel.group import Group
 from megatron_zebra.parallel.process import pick_device
 
@@ -24,7 +24,7 @@ def load(path: str | Path, device: str = "auto", precision: str | None = None) -
     """
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device {device}: must be auto, cpu or cuda")
-    return language_model(open_model(Path(path)), pick_device(device, 0), precision)
+    return language_model(open_model(Path(path)), pick_device(device, 0, "device"), precision)
 
 
 def language_model(
@@ -38,9 +38,20 @@ def language_model(
     return LanguageModel(source.architecture, load_decoder(source, device, dtype, tp=tp), tp)
 
 
+def check_tp(arch: Architecture, tp: int, given: str) -> None:
+    """UserError that begins with ``given`` if ``tp`` ranks cannot divide the layers."""
+    heads, kv, ffn = arch.num_heads, arch.num_kv_heads, arch.ffn_hidden_size
+    if heads % tp or ffn % tp or (kv % tp and tp % kv):
+        raise UserError(
+            f"{given}: must divide the model's {heads} heads and {ffn} columns of the MLP, and divide its {kv} KV heads or be "
+            "a multiple of them"
+        )
+
+
 def tokenizer_of(source: ModelSource, given: Path | None) -> tuple[Tokenizer, Path]:
     """The tokenizer ``given``, or the one that came with the model; and where it is."""
-    place = given or origin_of(source.folder) or source.folder
+    beside = source.folder if source.folder.is_dir() else source.folder.parent  # of a GGUF file
+    place = given or origin_of(source.folder) or beside
     try:
         tokenizer = load_tokenizer(place)
     except UserError as error:
@@ -57,5 +68,4 @@ def tokenizer_of(source: ModelSource, given: Path | None) -> tuple[Tokenizer, Pa
 def stop_ids(source: ModelSource, tokenizer: Tokenizer) -> set[int]:
     """Tokens that end a text: those that the model's files name, and the tokenizer's end of document."""
     folder = origin_of(source.folder)
-    named: Any = special_ids(folder).get("eos_token_id") if folder is not None else None
-    return {tokenizer.eod_id, *(named if isinstance(named, list) else [] if named is None else [named])}
+    return {tokenizer.eod_id, *(end_ids(folder) if folder is not None else ())}

@@ -19,16 +19,16 @@ from megatron_zebra.parallel.layout import AXES, Layout
 from megatron_zebra.parallel.watch import Pace, watched
 
 
-def pick_device(wanted: str, local_rank: int) -> torch.device:
-    """The device of this process for ``parallel.device`` = ``wanted``."""
+def pick_device(wanted: str, local_rank: int, named: str = "parallel.device =") -> torch.device:
+    """The device of this process for ``wanted``; ``named`` is what an error calls it."""
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda":
         if not torch.cuda.is_available():
-            raise UserError("parallel.device = cuda: no CUDA device here (allowed: auto, cpu)")
+            raise UserError(f"{named} cuda: no CUDA device here (allowed: auto, cpu)")
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"parallel.device = cuda: {torch.cuda.device_count()} devices here, process {local_rank} of this node has none",
+                f"{named} cuda: {torch.cuda.device_count()} devices here, process {local_rank} of this node has none",
                 mine=local_rank == torch.cuda.device_count(),
             )
         torch.cuda.set_device(local_rank)
@@ -46,6 +46,7 @@ def world(
     pp: int = 1,
     same: Mapping[str, str] | None = None,
     pace: Pace | None = None,
+    named: str = "parallel.device =",
 ) -> Iterator[Grid]:
     """Join the process group that torchrun's environment describes (alone without one), and leave it at the end.
 
@@ -53,7 +54,7 @@ def world(
     see ``parallel/watch.py``. A UserError that leaves it is told by one rank.
 
     Args:
-        wanted_device: ``parallel.device``.
+        wanted_device: auto, cpu or cuda; ``named`` is what an error calls it.
         timeout: seconds that a collective may wait, and that the ranks wait for each other at the start.
         tp, cp, pp: ``parallel.tp`` and so on; data parallelism takes what is left.
         same: facts that must be the same on all ranks.
@@ -75,7 +76,7 @@ def world(
         # Before any collective: other numbers of ranks in a group, for one, would let all hang.
         if size > 1:
             agree(store, rank, size, same or {}, timeout)
-        device = pick_device(wanted_device, local_rank)
+        device = pick_device(wanted_device, local_rank, named)
         _quiet_deepspeed(device)
         import deepspeed
 

@@ -57,6 +57,11 @@ def check(tokenizer: Tokenizer, eod: str) -> None:
     assert len(tokenizer.hash) == 64
 
 
+def test_rows_of_a_model_that_are_no_token_are_no_text(model: Path, tmp_path: Path) -> None:
+    for tokenizer in (load_tokenizer(model), load_tokenizer(hugging_face(tmp_path / "tokenizer.json"))):
+        assert tokenizer.decode([*tokenizer.encode("ab"), tokenizer.vocab_size, tokenizer.vocab_size + 99]) == "ab"
+
+
 def test_a_trained_tokenizer_gives_text_back_exactly(model: Path) -> None:
     tokenizer = load_tokenizer(model)
     assert (tokenizer.kind, tokenizer.name, tokenizer.vocab_size, tokenizer.eod_id) == (

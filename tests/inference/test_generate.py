@@ -1,5 +1,7 @@
 """Generation: greedy equals transformers, sampling follows its limits, batches equal single sequences."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -9,9 +11,11 @@ import torch
 import megatron_zebra
 from benchmarks.transformers_model import transformers_cwm
 from megatron_zebra.errors import UserError
-from megatron_zebra.inference import room
+from megatron_zebra.inference import language_model, room
 from megatron_zebra.inference.language_model import LanguageModel
+from megatron_zebra.inference.load import check_tp, tokenizer_of
 from megatron_zebra.inference.sample import Sampling, next_tokens, probabilities
+from tests.data.chatting import chat_tokenizer
 from tests.model.test_decoder import make
 
 
@@ -89,6 +93,9 @@ def test_the_ends_of_what_is_allowed_still_draw(limits: dict[str, Any]) -> None:
         (torch.zeros(1, 2, 3, dtype=torch.int64), r"prompt 0: is int64 \[2, 3\]"),
         (torch.tensor([[1.7, 2.0]]), r"prompt 0: is float32 \[2\]"),
         ([[True]], r"prompt 0: is bool \[1\]"),
+        ([[2**70]], r"prompt 0: is \[1180591620717411303424\]; must be whole numbers"),
+        (["ab"], "prompt 0: is 'ab'; must be whole numbers"),
+        ([[1, 2], [3]], "prompts of 1 to 2 tokens: must be of one length"),
         ([[1], [-1]], "prompt 1: token -1 is outside the vocabulary"),
     ],
 )
@@ -116,6 +123,36 @@ def test_logits_beyond_the_memory_say_what_fits(monkeypatch: pytest.MonkeyPatch)
     assert model().logits([[1] * 90]).shape == (1, 90, 97)
     with pytest.raises(UserError, match=r"2 x 90 tokens: their logits need .* 45 tokens each would fit"):
         model().logits([[1] * 90] * 2)
+
+
+def test_logits_are_fp32_whatever_the_weights_are_and_equal_those_by_chunks() -> None:
+    asked = model()
+    asked.decoder.bfloat16()
+    logits = asked.logits([[1] * 30])
+    assert logits.dtype == torch.float32
+    asked.decoder.float()
+    whole = asked.logits([[1, 2, 3] * 10])
+    with patch.object(language_model, "PREFILL_CHUNK", 7):
+        torch.testing.assert_close(asked.logits([[1, 2, 3] * 10]), whole, rtol=0, atol=1e-5)
+    pieces = torch.cat(list(asked.logit_chunks([1, 2, 3] * 10, 7)))
+    torch.testing.assert_close(pieces, whole[0], rtol=0, atol=1e-4)
+
+
+def test_ranks_that_cannot_divide_the_model_are_told() -> None:
+    arch, _ = make(num_heads=6, num_kv_heads=3, hidden_size=48, ffn_hidden_size=50)
+    with pytest.raises(UserError, match="3 processes: must divide the model's 6 heads and 50 columns of the MLP"):
+        check_tp(arch, 3, "3 processes")
+
+
+def test_a_gguf_file_s_tokenizer_is_beside_it(tmp_path: Path) -> None:
+    chat_tokenizer(tmp_path)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    source: Any = SimpleNamespace(folder=tmp_path / "model.gguf", architecture=SimpleNamespace(vocab_size=300))
+    tokenizer, place = tokenizer_of(source, None)
+    assert (tokenizer.vocab_size, place) == (300, tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"none is beside the model \(.*: a folder without tokenizer.json"):
+        tokenizer_of(source, None)
 
 
 def test_limits_leave_the_right_tokens() -> None:
@@ -164,7 +201,26 @@ def test_bad_input_is_one_line(ids: Any, more: dict[str, Any], line: str) -> Non
 def test_a_prompt_beyond_the_memory_is_told_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = model(layer_kinds=["global", "local", "local", "local", "global"])
     per_token = 2 * 2 * 16 * 4
-    monkeypatch.setattr(room, "free_bytes", lambda device: int((2 * 3 * 1024 + 3 * 8) * per_token / room.SHARE) + 9)
+    slots = 2 * 3 * 1024 + 3 * 8 + 2 * 1024  # of two global and three local layers; one's that is copied into more room
+    monkeypatch.setattr(room, "free_bytes", lambda device: int(slots * per_token / room.SHARE) + 9)
     assert asked.generate([[1] * 3000], 72).shape == (1, 3072)
     with pytest.raises(UserError, match=r"1 sequence of up to 3,073 tokens: .*; 3,072 tokens each would fit"):
         asked.generate([[1] * 3000], 73)
+    room.check_room(asked.arch, asked.decoder, [3072])
+    with pytest.raises(UserError, match=r"1 sequence of up to 3,072 tokens: .* 1,024 tokens each would fit"):
+        room.check_room(asked.arch, asked.decoder, [3072], tp=4)  # on one machine, which they share
+
+
+def test_a_container_s_limit_is_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own").write_text("4:memory:/old\n0::/job/step\n")
+    for name, limit, used, cached in (("job", "1000", 700, 50), ("job/step", "max", 10, 0)):
+        (tmp_path / name).mkdir()
+        for file, text in (("max", limit), ("current", str(used)), ("stat", f"anon 1\ninactive_file {cached}")):
+            (tmp_path / name / f"memory.{file}").write_text(f"{text}\n")
+    assert list(room._left_to_groups(tmp_path, tmp_path / "own")) == [1000 - 700 + 50]
+    assert list(room._left_to_groups(tmp_path / "none", tmp_path / "own")) == []
+    assert list(room._left_to_groups(tmp_path, tmp_path / "none")) == []
+    free = room.free_bytes(torch.device("cpu"))
+    monkeypatch.setattr(room, "_left_to_groups", lambda: [12345])
+    assert free is not None
+    assert free > room.free_bytes(torch.device("cpu")) == 12345

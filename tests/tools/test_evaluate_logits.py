@@ -61,3 +61,8 @@ def test_bad_ids_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert err.count("\n") == 1
         assert part in err
     assert not list(tmp_path.glob("l.npy*"))
+    np.save(tmp_path / "ids.npy", np.array([1]))
+    same = ["--ids", str(tmp_path / "ids.npy"), "--output", f"{tmp_path}/../{tmp_path.name}/ids.npy"]
+    assert tool("logits", "--checkpoint", str(tmp_path / "hf"), *same, "--device", "cpu") == 2
+    assert "is the file of --ids; give another" in capsys.readouterr().err
+    assert np.load(tmp_path / "ids.npy").tolist() == [1]

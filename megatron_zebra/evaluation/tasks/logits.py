@@ -25,6 +25,8 @@ def arguments(task: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     ids = _read(arguments.ids)
+    if arguments.output.exists() and arguments.output.samefile(arguments.ids):
+        raise UserError(f"--output {arguments.output}: is the file of --ids; give another")
     import torch
     from tqdm import tqdm
 
@@ -32,8 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     from megatron_zebra.inference.language_model import LanguageModel
     from megatron_zebra.launched import launched
 
-    arguments.tp = launched().world_size
-    with opened(arguments, "logits.npy") as (subject, _, output):
+    with opened(arguments, "logits.npy", tp=launched().world_size) as (subject, _, output):
         grid, vocab_size = subject.grid, subject.arch.vocab_size
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= vocab_size:
