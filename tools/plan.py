@@ -105,8 +105,8 @@ def _plan(arguments: argparse.Namespace, config: Config, device: object) -> None
     if line := table.too_much(wanted, machine):
         print(line)
     if arguments.lengths:
-        found, refused = at_lengths(arch, chosen, arguments.gpus, machine, sorted(arguments.lengths))
-        print(table.by_length(found, refused))
+        found, unplanned = at_lengths(arch, chosen, arguments.gpus, machine, sorted(arguments.lengths))
+        print(table.by_length(found, unplanned))
         if arguments.output and not found:
             print("no picture: none of these lengths can be planned")
         elif arguments.output:
