@@ -20,7 +20,7 @@ from megatron_zebra.errors import UserError
 from megatron_zebra.evaluation.answers import Example, judge
 from megatron_zebra.evaluation.retrieval.build import HEAD, Frame, divide, frame_of, make_example
 from megatron_zebra.evaluation.retrieval.haystack import Haystack, open_haystack
-from megatron_zebra.evaluation.retrieval.run import Retrieval, examples_of, retrieve
+from megatron_zebra.evaluation.retrieval.run import Retrieval, example_maker, examples_of, retrieve
 from megatron_zebra.evaluation.retrieval.tasks import EVERYWHERE, TASKS, Counts
 from megatron_zebra.evaluation.tasks import retrieval as command
 from megatron_zebra.inference.language_model import LanguageModel
@@ -211,7 +211,7 @@ def found_by(grid: Grid, folder: Path, reach: int) -> dict[str, Any]:
     settings = Retrieval([str(folder / "text.txt")], ["passkey"], [800, 1200], depths=5, examples=3)
     assert examples_of(settings) == 30
     model: Any = Reader(tokenizer, reach)
-    return retrieve(model, tokenizer, settings, grid)["passkey"]
+    return retrieve(model, settings, example_maker(settings, tokenizer), grid)["passkey"]
 
 
 def test_who_reads_all_finds_all_and_who_forgets_finds_what_is_near(run_distributed: Any, folder: Path) -> None:
