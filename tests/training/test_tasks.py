@@ -177,4 +177,9 @@ def test_layouts_that_leave_no_rank_all_layers_are_refused(folder: Path) -> None
         assert all(said in line for line in found)
     same = [tasks(folder)[0]] * 2
     (line,) = check.problems(small(**STEPS, evaluation__tasks=same), 1)
+    for name in ("valid", "loss", "communication_bytes"):
+        (taken,) = check.problems(small(**STEPS, evaluation__tasks=[same[0] | {"name": name}]), 1)
+        assert taken.startswith(
+            f"evaluation.tasks[0].name = {name}: training's own metrics begin so (valid, loss, comm"
+        )
     assert line.startswith("evaluation.tasks[1].name = null: another task is named 'perplexity' too")
