@@ -47,7 +47,10 @@ def _run(config: Config, line: load.CommandLine, world_size: int, rank: int) -> 
     from megatron_zebra.model.architecture import resolve
     from megatron_zebra.training.inputs import open_inputs
     from megatron_zebra.training.run_folder import locked, run_folder
+    from megatron_zebra.training.tasks import rehearse
 
+    # Before torch, which a task may load: a broken connection is told in one line, not in C++ frames.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     folder = run_folder(config, line.config)
     teacher, differs = None, []
     with naming_files():
@@ -57,6 +60,8 @@ def _run(config: Config, line: load.CommandLine, world_size: int, rank: int) -> 
             teacher, differs = teacher_of(config), notes(config, folder)
         inputs = open_inputs(config)
     arch = resolve(config.model, inputs.vocab_size, longest_sequence(config))
+    with naming_files():
+        rehearse(inputs.tasks, arch.vocab_size)
     if rank == 0:
         for warning in check.warnings(config):
             print(f"warning: {warning}", file=sys.stderr)
@@ -73,7 +78,6 @@ def _run(config: Config, line: load.CommandLine, world_size: int, rank: int) -> 
     # torch and DeepSpeed only from here on: they take seconds to import.
     import contextlib
 
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a broken connection is told in one line, not in C++ frames
     from megatron_zebra.parallel.agreement import facts
     from megatron_zebra.parallel.process import world
     from megatron_zebra.parallel.watch import Pace

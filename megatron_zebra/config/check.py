@@ -36,6 +36,7 @@ OWNED_BY_US = {
 }
 
 COUNTS_FROM_ORIGINAL = ("yarn", "llama3", "dynamic")
+TRAINING_METRICS = ("valid", "loss", "communication_bytes")  # what comes before a "/" in them
 
 
 def problems(config: Config, world_size: int) -> list[str]:
@@ -342,6 +343,8 @@ def _evaluation(config: Config) -> Iterator[str]:
         path = f"evaluation.tasks[{number}]"
         if name in names[:number]:
             yield f"{path}.name = {task.name or 'null'}: another task is named '{name}' too; give each a name of its own"
+        if name in TRAINING_METRICS:
+            yield f"{path}.name = {name}: training's own metrics begin so ({', '.join(TRAINING_METRICS)}); give another"
         for key, value in (("parallel.pp", config.parallel.pp), ("optimizer.zero_stage", config.optimizer.zero_stage)):
             most = 1 if key == "parallel.pp" else 2
             if task.task != "perplexity" and value > most:

@@ -46,7 +46,8 @@ def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> list[str]:
 
 def kept_folder(checkpoint: Path) -> Path | None:
     """Where the files of the model's origin are: within the checkpoint, or within its run."""
-    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    above = checkpoint.resolve().parent  # it may be given from within the run
+    run = above.parent if above.name == "checkpoints" else above
     return next((folder for folder in (checkpoint / KEPT, run / KEPT) if folder.is_dir()), None)
 
 

@@ -55,6 +55,14 @@ def load_tokenizer(path: str | Path, eod_token: str | None = None) -> Tokenizer:
     return SentencePieceTokenizer(file, data, eod_token)
 
 
+def check_ids(tokenizer: "Tokenizer", place: Path, vocab_size: int) -> None:
+    """UserError if ``tokenizer``, which lies at ``place``, has ids that a model of ``vocab_size`` does not."""
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"--tokenizer {place}: has {tokenizer.vocab_size} tokens, the model {vocab_size}; is it the model's?"
+        )
+
+
 class SentencePieceTokenizer:
     """A SentencePiece model."""
 

@@ -1,6 +1,7 @@
 """Results of several models side by side. Imports no torch."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,8 @@ def _kind(file: Path, document: dict[str, Any]) -> str:
 def _named(name: str, file: Path, document: dict[str, Any]) -> dict[str, float]:
     kind = _kind(file, document)
     try:
-        return {f"{name}/{key}": float(value) for key, value in KINDS[kind].numbers(document).items()}
+        found = KINDS[kind].numbers(document).items()
+        return {f"{name}/{key}": math.nan if value is None else float(value) for key, value in found}
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         raise UserError(f"{file}: is no whole result of tools/evaluate.py {kind}") from None
 

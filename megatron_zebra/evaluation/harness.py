@@ -106,7 +106,7 @@ class HarnessModel(TemplateLM):
         for number, (_name, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
                 raise UserError(
-                    f"a continuation of {len(continuation)} tokens is longer than max_length {self.max_length}"
+                    f"--max-length {self.max_length}: a task has a continuation of {len(continuation)} tokens, which must fit"
                 )
             inputs = (context + continuation)[-self.max_length - 1 : -1]
             by_inputs.setdefault(tuple(inputs), []).append(number)
@@ -162,7 +162,7 @@ class HarnessModel(TemplateLM):
         room = self.max_length - new
         if room < 1:
             raise UserError(
-                f"a task generates {new} tokens, which leaves no room for its text in max_length {self.max_length}"
+                f"--max-length {self.max_length}: a task generates {new} tokens, which leaves no room for its text"
             )
         drawn = {name: asked.get(name) for name in ("top_k", "top_p", "min_p")} if asked["do_sample"] else {}
         sampling = Sampling(asked["temperature"] if asked["do_sample"] else 0.0, **drawn)

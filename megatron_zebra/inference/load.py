@@ -7,7 +7,7 @@ import torch
 from megatron_zebra.convert.kept import end_ids, origin_of
 from megatron_zebra.convert.load import load_decoder
 from megatron_zebra.convert.source import ModelSource, open_model
-from megatron_zebra.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_zebra.data.tokenizer import Tokenizer, check_ids, load_tokenizer
 from megatron_zebra.errors import UserError
 from megatron_zebra.inference.language_model import LanguageModel
 from megatron_zebra.model.architecture import Architecture
@@ -58,10 +58,7 @@ def tokenizer_of(source: ModelSource, given: Path | None) -> tuple[Tokenizer, Pa
         raise (
             error if given else UserError(f"--tokenizer: must be given, since none is beside the model ({error})")
         ) from None
-    if tokenizer.vocab_size > source.architecture.vocab_size:
-        raise UserError(
-            f"--tokenizer {place}: has {tokenizer.vocab_size} tokens, the model {source.architecture.vocab_size}; is it the model's?"
-        )
+    check_ids(tokenizer, place, source.architecture.vocab_size)
     return tokenizer, place
 
 

@@ -2,10 +2,11 @@
 
 import contextlib
 import json
-import math
 from io import FileIO
 from pathlib import Path
 from typing import Any
+
+from megatron_zebra.plain import plain
 
 Record = dict[str, Any]
 
@@ -51,23 +52,15 @@ class MetricsFile:
         self._records = Appended(end)
 
     def write(self, record: Record) -> None:
-        """Floats as they are; nan and infinities, which JSON lacks, as null.
+        """Floats as they are.
 
         Raises:
             OSError: it could not be written; the next call tries again.
         """
-        self._records.write(json.dumps(_plain(record), allow_nan=False).encode() + b"\n")
+        self._records.write(json.dumps(plain(record), allow_nan=False).encode() + b"\n")
 
     def close(self) -> None:
         self._records.close()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _step(line: bytes) -> int | None:

@@ -1,6 +1,8 @@
 """Tasks of tools/evaluate.py on the model in training: ``evaluation.tasks``."""
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -35,16 +37,33 @@ def planned(config: Config) -> list[Planned]:
     return [_planned(config, number, task) for number, task in enumerate(config.evaluation.tasks)]
 
 
+def rehearse(tasks: list[Planned], vocab_size: int) -> None:
+    """Read what the tasks will read: a run shall not end at its first evaluation for what can be known before it starts.
+
+    Raises:
+        UserError: a text, a data set or a tokenizer does not do for a model of ``vocab_size``.
+    """
+    for number, task in enumerate(tasks):
+        with _naming(number):
+            task.module.rehearse(task.options, vocab_size)
+
+
 def _planned(config: Config, number: int, task: EvaluationTask) -> Planned:
     module = _module(task)
-    try:
+    with _naming(number):
         options = read_options(task, config)
         if getattr(options, "tokenizer", Path()) is None:
             raise UserError("--tokenizer: must be given, since data.tokenizer is not")
         module.check(options)
+    return Planned(task.name or task.task, task.interval, module, options)
+
+
+@contextlib.contextmanager
+def _naming(number: int) -> Iterator[None]:
+    try:
+        yield
     except UserError as error:
         raise UserError(f"evaluation.tasks[{number}].options: {error}") from None
-    return Planned(task.name or task.task, task.interval, module, options)
 
 
 def read_options(task: EvaluationTask, config: Config) -> argparse.Namespace:

@@ -1,5 +1,6 @@
 """Retrieval: each example holds one answer where it is said to be, and what judges agrees with who reads the text."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -18,9 +19,10 @@ from megatron_zebra.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_zebra.data.train_tokenizer import TokenizerJob, train_tokenizer
 from megatron_zebra.errors import UserError
 from megatron_zebra.evaluation.answers import Example, judge
+from megatron_zebra.evaluation.retrieval import haystack as haystacks
 from megatron_zebra.evaluation.retrieval.build import HEAD, Frame, divide, frame_of, make_example
 from megatron_zebra.evaluation.retrieval.haystack import Haystack, open_haystack
-from megatron_zebra.evaluation.retrieval.run import Retrieval, examples_of, retrieve
+from megatron_zebra.evaluation.retrieval.run import Retrieval, example_maker, examples_of, retrieve
 from megatron_zebra.evaluation.retrieval.tasks import EVERYWHERE, TASKS, Counts
 from megatron_zebra.evaluation.tasks import retrieval as command
 from megatron_zebra.inference.language_model import LanguageModel
@@ -211,7 +213,7 @@ def found_by(grid: Grid, folder: Path, reach: int) -> dict[str, Any]:
     settings = Retrieval([str(folder / "text.txt")], ["passkey"], [800, 1200], depths=5, examples=3)
     assert examples_of(settings) == 30
     model: Any = Reader(tokenizer, reach)
-    return retrieve(model, tokenizer, settings, grid)["passkey"]
+    return retrieve(model, settings, example_maker(settings, tokenizer), grid)["passkey"]
 
 
 def test_who_reads_all_finds_all_and_who_forgets_finds_what_is_near(run_distributed: Any, folder: Path) -> None:
@@ -300,6 +302,28 @@ def test_a_text_is_files_or_a_pair_and_may_repeat(folder: Path, tmp_path: Path) 
         (tmp_path / "in" / f"{name}.txt").write_text("")
     with pytest.raises(UserError, match="in: holds no text"):
         open_haystack([str(tmp_path / "in")], tokenizer, 10, True)
+
+
+def test_a_longer_context_changes_nothing_for_a_shorter_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_zebra.data.encode import Job
+    from megatron_zebra.data.preprocess import preprocess
+
+    monkeypatch.setattr(haystacks, "_READ", 600)
+    monkeypatch.setattr(haystacks, "_CONTEXTS", 3)
+    tokenizer = load_tokenizer(folder / "huggingface")
+    lines = [f"It rained on day {n}.\n" for n in range(600)]
+    (tmp_path / "long.txt").write_text("".join(lines))
+    (tmp_path / "short.txt").write_text("".join(lines[:10]))
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    preprocess(Job([tmp_path / "lines.jsonl"], folder / "huggingface", tmp_path / "pair"))
+    for text, repeat in (("long.txt", False), ("pair", False), ("short.txt", True)):
+        short, long = (open_haystack([str(tmp_path / text)], tokenizer, n, repeat) for n in (250, 900))
+        assert short.tokens.size < long.tokens.size
+        for seed in range(20):
+            of_short, of_long = (one.draw(np.random.default_rng(seed), 250) for one in (short, long))
+            assert of_short.tokens.tolist() == of_long.tokens.tolist()
 
 
 def test_what_does_not_fit_is_said(folder: Path) -> None:

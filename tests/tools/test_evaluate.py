@@ -64,6 +64,37 @@ def test_perplexity_is_that_of_the_validation(trained: Path, tmp_path: Path) -> 
         assert found["edges"] == [0, 16, 32, 48]
 
 
+def test_the_result_lies_in_the_run_or_beside_the_model(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "checkpoints" / "hf", "Qwen3", vocab_size=101)
+    step = trained / "checkpoints" / "step-00000004"
+    for place, given, found in (
+        (tmp_path, "run", trained),
+        (trained, "checkpoints/step-00000004", trained),
+        (trained / "checkpoints", "step-00000004", trained),
+        (step, ".", trained),
+        (tmp_path, "checkpoints/hf", tmp_path / "checkpoints" / "hf"),
+    ):
+        monkeypatch.chdir(place)
+        words = ["--data", str(tmp_path / "b"), "--rows", "1", "--device", "cpu", "--checkpoint", given]
+        assert tool("perplexity", *words) == 0
+        assert [file.parent.parent for file in tmp_path.rglob("perplexity.json")] == [found]
+        (found / "evaluation" / "perplexity.json").unlink()
+
+
+def test_the_loss_of_a_model_that_diverged_is_null(tmp_path: Path) -> None:
+    theirs = make(tmp_path / "hf", "Qwen3", vocab_size=101)
+    theirs.model.norm.weight.data.fill_(math.nan)
+    theirs.save_pretrained(tmp_path / "hf")
+    data, output = pair(tmp_path / "a", 1, 5), tmp_path / "p.json"
+    words = ["--checkpoint", str(tmp_path / "hf"), "--data", data, "--device", "cpu", "--output", str(output)]
+    assert tool("perplexity", *words) == 0
+    assert "NaN" not in output.read_text()
+    assert json.loads(output.read_text())["sets"]["a"]["loss"] is None
+    assert tool("compare", str(output), str(output), "--output", str(tmp_path / "c.png")) == 0
+
+
 def test_bad_input_is_one_line(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")

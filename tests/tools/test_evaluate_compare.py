@@ -1,5 +1,6 @@
 """tools/evaluate.py compare: every number of every result in its place, the newest of training's, one picture."""
 
+import builtins
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from megatron_zebra.evaluation.answers import Answered, Example, tables
 from megatron_zebra.evaluation.compare import curves, read_results
 from tests.tools.test_evaluate import tool
+from tools import evaluate
 
 
 def perplexity(loss: float, name: str = "held") -> dict[str, Any]:
@@ -78,6 +80,23 @@ def test_every_number_in_its_place(runs: list[Path], tmp_path: Path, capsys: pyt
     assert output.read_bytes()[:4] == b"\x89PNG"
     drawn = curves([read_results(run, run.name) for run in runs])
     assert {title: values.loss.tolist() for title, values in drawn.items()} == {"one": [3.5, 2.0], "two": [3.25, 2.0]}
+
+
+def test_a_cut_pipe_is_no_fault_of_the_picture(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = builtins.print
+
+    def cut(text: str, *more: Any, **options: Any) -> None:
+        if text.startswith("picture in"):
+            raise BrokenPipeError
+        written(text, *more, **options)
+
+    monkeypatch.setattr(builtins, "print", cut)
+    arguments = evaluate.parser().parse_args(["compare", *map(str, runs), "--output", str(tmp_path / "c.png")])
+    with pytest.raises(BrokenPipeError):
+        evaluate.task_module("compare").run(arguments)
+    assert (tmp_path / "c.png").exists()
 
 
 def test_files_of_one_task_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

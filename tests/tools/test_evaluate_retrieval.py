@@ -1,6 +1,7 @@
 """tools/evaluate.py retrieval: from a text to tables, a JSON file and a picture; one line for bad input."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def test_bad_input_is_one_line(trained: Path, tmp_path: Path, capsys: pytest.Cap
         (words(trained, output, "--chat", "--tokenizer", trained / "plain"), "its tokenizer has no chat template"),
         (words(trained, output, "--chat-template", "t"), "--chat-template: is for chat; give --chat too"),
         (words(trained, output, "--tokenizer", trained / "none"), "none: no such file"),
+        (words(trained, tmp_path / "a.png"), "--output: must not end in .png, as pictures do: it is a JSON file"),
         (words(trained, output, "--tokenizer", trained / "other", text="pair"), "written with another tokenizer"),
     ):
         assert tool(*given) == 2, part
@@ -82,3 +84,15 @@ def test_bad_input_is_one_line(trained: Path, tmp_path: Path, capsys: pytest.Cap
     assert list(tmp_path.iterdir()) == []
     repeat = ("--repeat", "--lengths", 9000, "--tasks", "passkey", "--depths", 1, "--examples", 1)
     assert tool(*words(trained, output, *repeat)) == 0
+
+
+def test_the_tokenizer_is_found_from_within_the_run(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained / "run", tmp_path / "run")
+    shutil.copytree(trained / "tokenizer", tmp_path / "run" / "huggingface")
+    few = ["--lengths", "300", "--tasks", "passkey", "--depths", "1", "--examples", "1", "--device", "cpu"]
+    (step,) = (path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.is_dir())
+    for place, given in ((step.parent, step.name), (step, ".")):
+        monkeypatch.chdir(place)
+        assert tool("retrieval", "--checkpoint", given, "--text", str(trained / "text.txt"), *few) == 0

@@ -53,6 +53,10 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("--config no.yaml", ["no.yaml", "cannot be read"]),
         ("--model.attention_backend flash", ["model.attention_backend = flash"]),
         ("--checkpoint.load nowhere", ["checkpoint.load = nowhere", "holds no model"]),
+        (
+            '--evaluation.tasks [{"task":"retrieval","interval":9,"options":{"text":"none.txt","tokenizer":"none"}}] --dry-run',
+            ["evaluation.tasks[0].options: none: "],
+        ),
         ("--data.synthetic.documents 0", ["data.train = []", "at least one"]),
     ],
 )

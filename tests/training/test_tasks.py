@@ -8,7 +8,9 @@ import pytest
 
 from megatron_zebra.config import check
 from megatron_zebra.errors import UserError
+from megatron_zebra.training.tasks import rehearse
 from tests.data.chatting import chat_tokenizer, messages, write_lines
+from tests.data.test_indexed import write
 from tests.tools.test_evaluate import tool
 from tests.training.cases import opened, small
 from tests.training.runs import curve, metrics, run
@@ -131,6 +133,38 @@ def test_a_plan_that_cannot_be_is_one_line(folder: Path) -> None:
         assert "\n" not in str(raised.value)
 
 
+def test_what_a_task_would_not_find_is_told_before_the_run_starts(folder: Path, tmp_path: Path) -> None:
+    """Else it would be told at the first evaluation, hours later and before anything is saved."""
+    tokenizer = {"tokenizer": str(folder / "tokenizer")}
+    held, qa, found, fox = (task | {"options": task["options"] | tokenizer} for task in tasks(folder))
+    held["options"].pop("tokenizer")
+    write(tmp_path / "other", [[1, 700]], 1000)
+    write_lines(tmp_path / "bad.jsonl", {"messages": messages("What is 1?", "red")}, {"text": "no conversation"})
+    for task, change, part in (
+        (
+            held,
+            {"data": str(tmp_path / "other")},
+            "other: holds id 700 (tokenizer test.model, 1000 tokens), but model.vocab",
+        ),
+        (qa, {"data": str(tmp_path / "bad.jsonl")}, "bad.jsonl, line 2: no key 'messages' or 'conversations'"),
+        (found, {"text": str(folder / "no")}, "--text " + str(folder / "no") + ": no such file"),
+        (found, {"lengths": 20}, "--lengths 20: too short for the task passkey"),
+        (found, {"repeat": False, "lengths": 4000}, "--text: has "),
+        (found, {"chat": True, "chat_template": str(folder / "no")}, "--chat-template " + str(folder / "no")),
+        (fox, {"tasks": "wolf"}, "--tasks wolf: no such task in lm-eval or in "),
+    ):
+        task = task | {"options": task["options"] | change}
+        with pytest.raises(UserError) as raised:
+            rehearse(opened(small(**STEPS, evaluation__tasks=[held, task | {"name": "wrong"}]))[1].tasks, 300)
+        assert str(raised.value).startswith("evaluation.tasks[1].options: "), part
+        assert part in str(raised.value)
+    for task in (found, fox):
+        planned = opened(small(**STEPS, evaluation__tasks=[task]))[1].tasks
+        rehearse(planned, 300)
+        with pytest.raises(UserError, match=r"tasks\[0\].options: --tokenizer .*: has 300 tokens, the model 299"):
+            rehearse(planned, 299)
+
+
 def test_layouts_that_leave_no_rank_all_layers_are_refused(folder: Path) -> None:
     for more, ranks, said in (
         ({"parallel__pp": 2}, 2, "parallel.pp = 2 does not leave (allowed: perplexity; or parallel.pp up to 1)"),
@@ -143,4 +177,9 @@ def test_layouts_that_leave_no_rank_all_layers_are_refused(folder: Path) -> None
         assert all(said in line for line in found)
     same = [tasks(folder)[0]] * 2
     (line,) = check.problems(small(**STEPS, evaluation__tasks=same), 1)
+    for name in ("valid", "loss", "communication_bytes"):
+        (taken,) = check.problems(small(**STEPS, evaluation__tasks=[same[0] | {"name": name}]), 1)
+        assert taken.startswith(
+            f"evaluation.tasks[0].name = {name}: training's own metrics begin so (valid, loss, comm"
+        )
     assert line.startswith("evaluation.tasks[1].name = null: another task is named 'perplexity' too")

@@ -23,14 +23,22 @@ Tokens = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Haystack:
-    """``tokens`` int32 [n] of documents one after another, and after which of them a sentence ends: bool [n]."""
+    """``tokens`` int32 [n] of documents one after another, and after which of them a sentence ends: bool [n]. From ``anew``
+    on (None: nowhere) the text is repeated."""
 
     tokens: Tokens
     ends: npt.NDArray[np.bool_]
+    anew: int | None = None
 
     def draw(self, generator: np.random.Generator, count: int) -> "Haystack":
-        """``count`` tokens (all, if there are fewer) from a random place on: where a sentence begins, if one does soon."""
-        spare = max(0, self.tokens.size - count)
+        """``count`` tokens (all, if there are fewer) from a random place on: where a sentence begins, if one does soon.
+
+        The same whatever longer contexts there are, for which more was read or repeated.
+        """
+        there = min(self.tokens.size, _most(count))
+        if self.anew is not None:
+            there = min(there, max(self.anew, count))
+        spare = max(0, there - count)
         place = int(generator.integers(spare + 1))
         begins = np.flatnonzero(self.ends[place:spare])[:1] + 1
         start = place + int(begins[0]) if place and begins.size else place
@@ -55,7 +63,7 @@ def open_haystack(paths: Sequence[str], tokenizer: Tokenizer, longest: int, repe
     Raises:
         UserError: a file is not readable, there is no text, or a pair was made with another tokenizer.
     """
-    most = max(_READ, _CONTEXTS * longest)
+    most = _most(longest)
     parts: list[Tokens] = []
     size = 0
     for path in paths:
@@ -70,11 +78,17 @@ def open_haystack(paths: Sequence[str], tokenizer: Tokenizer, longest: int, repe
     tokens = np.concatenate(parts)
     if not tokens.size:
         raise UserError(f"--text {' '.join(paths)}: holds no text")
+    anew = None
     if repeat and tokens.size < longest:
-        tokens = np.resize(tokens, longest)
+        anew, tokens = tokens.size, np.resize(tokens, longest)
     kinds, which = np.unique(tokens, return_inverse=True)
     ends = np.array([_SENTENCE_END.search(tokenizer.decode([token])) is not None for token in kinds.tolist()])
-    return Haystack(tokens, ends[which])
+    return Haystack(tokens, ends[which], anew)
+
+
+def _most(length: int) -> int:
+    """Tokens that contexts of ``length`` are drawn from, where there are so many."""
+    return max(_READ, _CONTEXTS * length)
 
 
 def _is_pair(path: str) -> bool:
@@ -87,10 +101,10 @@ def _of_pair(prefix: str, tokenizer: Tokenizer, most: int) -> Tokens:
         raise UserError(
             f"{prefix}: written with another tokenizer ({pair.info.tokenizer_name}) than the model's ({tokenizer.name})"
         )
-    tokens = pair.tokens[:most].astype(np.int32)
+    tokens = pair.tokens[: 2 * most].astype(np.int32)  # of which half at most end a document
     if tokens.max(initial=0) >= tokenizer.vocab_size or tokens.min(initial=0) < 0:
         raise UserError(f"{prefix}: holds id {tokens.max()}, the tokenizer has the ids 0 to {tokenizer.vocab_size - 1}")
-    return tokens[tokens != tokenizer.eod_id]
+    return tokens[tokens != tokenizer.eod_id][:most]
 
 
 def _of_files(path: str, tokenizer: Tokenizer, most: int) -> Tokens:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_zebra.data.chat_template import ChatTemplate
 from megatron_zebra.data.tokenizer import Tokenizer
-from megatron_zebra.evaluation.answers import judge_together, tables
+from megatron_zebra.evaluation.answers import Example, judge_together, tables
 from megatron_zebra.evaluation.retrieval.build import frame_of, make_example, strata_of
 from megatron_zebra.evaluation.retrieval.haystack import open_haystack
 from megatron_zebra.evaluation.retrieval.tasks import TASKS, Counts
@@ -32,18 +32,12 @@ class Retrieval:
     counts: Counts = field(default_factory=Counts)
 
 
-def retrieve(
-    model: Decoder,
-    tokenizer: Tokenizer,
-    settings: Retrieval,
-    grid: Grid,
-    template: ChatTemplate | None = None,
-    progress: Callable[[], object] = lambda: None,
-) -> dict[str, Any]:
-    """Of each task the shares of exact answers (``evaluation.answers.tables``), the same on all ranks, which share out the
-    examples. With a ``template`` the model is asked in chat, else its prompt is plain text that the answer goes on from.
+Make = Callable[[str, int, int, int, int], Example]  # of task, number, length, stratum, strata
 
-    ``model`` has all layers on every rank. ``progress`` is told of each example that this rank has done.
+
+def example_maker(settings: Retrieval, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> Make:
+    """What makes the examples; every task and length has been tried, so that what does not fit is told before any work.
+    With a ``template`` the model is asked in chat, else its prompt is plain text that the answer goes on from.
 
     Raises:
         UserError: the text is not readable or too short, or a length too short for a task.
@@ -53,9 +47,24 @@ def retrieve(
     make = partial(
         make_example, haystack=haystack, tokenizer=tokenizer, frame=frame, counts=settings.counts, seed=settings.seed
     )
-    for task in settings.tasks:  # what does not fit is told before any work
+    for task in settings.tasks:
         for length in settings.lengths:
             make(task, 0, length, 0, 1)
+    return make
+
+
+def retrieve(
+    model: Decoder,
+    settings: Retrieval,
+    make: Make,
+    grid: Grid,
+    progress: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """Of each task the shares of exact answers (``evaluation.answers.tables``), the same on all ranks, which share out the
+    examples of ``example_maker``.
+
+    ``model`` has all layers on every rank. ``progress`` is told of each example that this rank has done.
+    """
     found = {}
     for task in settings.tasks:
         strata = strata_of(task, settings.depths)

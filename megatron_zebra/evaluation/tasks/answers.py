@@ -44,6 +44,14 @@ def check(arguments: argparse.Namespace) -> None:
     ChatTemplate(arguments.tokenizer, arguments.chat_template)
 
 
+def rehearse(arguments: argparse.Namespace, vocab_size: int) -> None:
+    """UserError for what ``measure`` would find wrong with the conversations, for a model of ``vocab_size``."""
+    from megatron_zebra.data.chat_template import ChatTemplate
+    from megatron_zebra.evaluation.answers import read_examples
+
+    read_examples(arguments.data, ChatTemplate(arguments.tokenizer, arguments.chat_template), vocab_size)
+
+
 def run(arguments: argparse.Namespace) -> None:
     check(arguments)
     from megatron_zebra.evaluation.load import opened

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_zebra.checkpoint.layout import INDEX
 from megatron_zebra.data.arguments import output_name
 from megatron_zebra.errors import UserError
+from megatron_zebra.plain import plain
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,7 +38,14 @@ def add_model(task: argparse.ArgumentParser) -> None:
 def add_output(task: argparse.ArgumentParser, name: str, more: str = "") -> None:
     """--output, by default ``name`` in the run's folder."""
     told = f"JSON file{more} (default: evaluation/{name} in the run folder)"
-    task.add_argument("--output", type=output_name, metavar="FILE", help=told)
+    task.add_argument("--output", type=_json_name, metavar="FILE", help=told)
+
+
+def _json_name(text: str) -> Path:
+    output = output_name(text)
+    if output.suffix.lower() == ".png":  # the picture's, which would take the result's place
+        raise argparse.ArgumentTypeError(f"must not end in .png, as pictures do: it is a JSON file, not {text}")
+    return output
 
 
 def count(text: str) -> int:
@@ -48,8 +57,10 @@ def count(text: str) -> int:
 
 def run_of(folder: Path) -> Path:
     """The run that a checkpoint belongs to; any other model's own folder."""
-    if folder.parent.name == "checkpoints":
-        return folder.parent.parent
+    if (folder / INDEX).is_file():  # a folder of that name may hold any models
+        for path in (folder, folder.resolve()):  # which may be given from within the run
+            if path.parent.name == "checkpoints":
+                return path.parent.parent
     return folder if folder.is_dir() else folder.parent
 
 
@@ -76,10 +87,10 @@ def write_result(document: dict[str, Any], output: Path) -> None:
 
 
 def write_json(document: dict[str, Any], file: Path) -> None:
-    """A reader never sees half of it."""
+    """A reader never sees half of it. The loss of a model that has diverged is null."""
     temporary = file.with_name(file.name + ".tmp")
     try:
-        temporary.write_text(json.dumps(document, indent=2) + "\n")
+        temporary.write_text(json.dumps(plain(document), indent=2, allow_nan=False) + "\n")
         os.replace(temporary, file)
     except OSError:
         temporary.unlink(missing_ok=True)

@@ -45,4 +45,5 @@ def run(arguments: argparse.Namespace) -> None:
     from megatron_zebra.report.style import look, save
 
     with writing(output), look():
-        print(f"picture in {save(by_position_figure(drawn, None), output)}")
+        written = save(by_position_figure(drawn, None), output)
+    print(f"picture in {written}")

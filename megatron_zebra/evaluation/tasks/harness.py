@@ -60,6 +60,14 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--num-fewshot {arguments.num_fewshot}: must not be negative")
 
 
+def rehearse(arguments: argparse.Namespace, vocab_size: int) -> None:
+    """UserError for what ``measure`` would find wrong with the tasks and their data, for a model of ``vocab_size``."""
+    from megatron_zebra.data.tokenizer import check_ids, load_tokenizer
+
+    check_ids(load_tokenizer(arguments.tokenizer), arguments.tokenizer, vocab_size)
+    _load(_manager(arguments), arguments)
+
+
 def run(arguments: argparse.Namespace) -> None:
     check(arguments)
     manager = _manager(arguments)

@@ -21,6 +21,7 @@ from megatron_zebra.errors import UserError
 from megatron_zebra.evaluation.tasks.common import add_model, add_output, count, run_of, write_result
 
 if TYPE_CHECKING:
+    from megatron_zebra.data.source import FileSource
     from megatron_zebra.evaluation.loss import Evaluated
     from megatron_zebra.evaluation.subject import Subject
 
@@ -68,6 +69,13 @@ def check(arguments: argparse.Namespace) -> None:
         if arguments.stride is not None and arguments.stride > length:
             raise UserError(f"--stride {arguments.stride}: must not be above --sequence-length {length}")
     _pairs(arguments)
+
+
+def rehearse(arguments: argparse.Namespace, vocab_size: int) -> None:
+    """UserError for what ``measure`` would find wrong with its data, for a model of ``vocab_size``."""
+    for pair in _pairs(arguments).values():
+        for length in arguments.sequence_length:
+            _opened(pair, arguments, length, vocab_size)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -150,24 +158,33 @@ def _short(pair: IndexedPair, lengths: list[int]) -> str | None:
     )
 
 
+def _opened(
+    pair: IndexedPair, arguments: argparse.Namespace, length: int, vocab_size: int, multiple: int = 1
+) -> tuple["FileSource", int, str | None]:
+    """The data, the tokens of its rows, and a warning to print."""
+    from megatron_zebra.data.source import FileSource, check_fits, check_vocabulary
+
+    warning = check_vocabulary(pair, vocab_size)
+    source = FileSource(pair, None, vocab_size if pair.info is None else None)
+    length = min(length, -(-source.tokens // multiple) * multiple)  # more would be padding alone
+    if arguments.stride is None:
+        check_fits(source, length)
+    return source, length, warning
+
+
 def _measure(
     subject: "Subject", arguments: argparse.Namespace, title: str, pair: IndexedPair, length: int
 ) -> dict[str, Any]:
     from tqdm import tqdm
 
     from megatron_zebra.data.rows import OnePass
-    from megatron_zebra.data.source import FileSource, check_fits, check_vocabulary, is_masked
+    from megatron_zebra.data.source import is_masked
     from megatron_zebra.evaluation.loss import evaluate
 
     grid, vocab_size = subject.grid, subject.arch.vocab_size
-    warning = check_vocabulary(pair, vocab_size)
+    source, length, warning = _opened(pair, arguments, length, vocab_size, subject.length_multiple)
     if warning and grid.is_main:
         print(f"warning: {warning}", file=sys.stderr)
-    source = FileSource(pair, None, vocab_size if pair.info is None else None)
-    multiple = subject.length_multiple
-    length = min(length, -(-source.tokens // multiple) * multiple)  # more would be padding alone
-    if arguments.stride is None:
-        check_fits(source, length)
     rows = OnePass(source, length, arguments.rows, whole_documents=is_masked(source), stride=arguments.stride)
     total = -(-len(rows) // grid.dp_size)
     with tqdm(total=total, desc=title, unit="row", disable=None if grid.is_main else True, leave=None) as bar:

@@ -21,6 +21,7 @@ from megatron_zebra.evaluation.tasks.answers import draw_maps, print_table
 from megatron_zebra.evaluation.tasks.common import add_model, add_output, count, write_result
 
 if TYPE_CHECKING:
+    from megatron_zebra.evaluation.retrieval.run import Make, Retrieval
     from megatron_zebra.evaluation.subject import Subject
 
 TASKS = ("passkey", "needle", "needles", "variables", "words")
@@ -74,6 +75,14 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError("--chat-template: is for chat; give --chat too")
 
 
+def rehearse(arguments: argparse.Namespace, vocab_size: int) -> None:
+    """UserError for what ``measure`` would find wrong with the text and what is asked, for a model of ``vocab_size``."""
+    from megatron_zebra.data.tokenizer import check_ids, load_tokenizer
+
+    check_ids(load_tokenizer(arguments.tokenizer), arguments.tokenizer, vocab_size)
+    _prepared(arguments)
+
+
 def run(arguments: argparse.Namespace) -> None:
     check(arguments)
     from megatron_zebra.evaluation.load import opened
@@ -96,12 +105,24 @@ def measure(subject: "Subject", arguments: argparse.Namespace) -> dict[str, Any]
     """{"tasks": {name: ``evaluation.answers.tables``}}, the same on all ranks."""
     from tqdm import tqdm
 
-    from megatron_zebra.data.chat_template import ChatTemplate
-    from megatron_zebra.data.tokenizer import load_tokenizer
-    from megatron_zebra.evaluation.retrieval.run import Retrieval, examples_of, retrieve
-    from megatron_zebra.evaluation.retrieval.tasks import Counts
+    from megatron_zebra.evaluation.retrieval.run import examples_of, retrieve
 
     assert subject.decoder is not None
+    grid, (settings, make) = subject.grid, _prepared(arguments)
+    total = len(range(grid.data.rank, examples_of(settings), grid.data.size))
+    with tqdm(total=total, desc="retrieval", unit="example", disable=None if grid.is_main else True, leave=None) as bar:
+        found = retrieve(subject.decoder, settings, make, grid, bar.update)
+    asked = {name: getattr(arguments, name) for name in ("text", "seed", "chat", "distractors", "needles", "hops")}
+    return {**asked, "tasks": found}
+
+
+def _prepared(arguments: argparse.Namespace) -> tuple["Retrieval", "Make"]:
+    """What is asked, and what makes the examples."""
+    from megatron_zebra.data.chat_template import ChatTemplate
+    from megatron_zebra.data.tokenizer import load_tokenizer
+    from megatron_zebra.evaluation.retrieval.run import Retrieval, example_maker
+    from megatron_zebra.evaluation.retrieval.tasks import Counts
+
     settings = Retrieval(
         text=arguments.text,
         tasks=list(dict.fromkeys(arguments.tasks)),
@@ -112,13 +133,8 @@ def measure(subject: "Subject", arguments: argparse.Namespace) -> dict[str, Any]
         repeat=arguments.repeat,
         counts=Counts(arguments.distractors, arguments.needles, arguments.hops),
     )
-    grid, tokenizer = subject.grid, load_tokenizer(arguments.tokenizer)
     template = ChatTemplate(arguments.tokenizer, arguments.chat_template) if arguments.chat else None
-    total = len(range(grid.data.rank, examples_of(settings), grid.data.size))
-    with tqdm(total=total, desc="retrieval", unit="example", disable=None if grid.is_main else True, leave=None) as bar:
-        found = retrieve(subject.decoder, tokenizer, settings, grid, template, bar.update)
-    asked = {name: getattr(arguments, name) for name in ("text", "seed", "chat", "distractors", "needles", "hops")}
-    return {**asked, "tasks": found}
+    return settings, example_maker(settings, load_tokenizer(arguments.tokenizer), template)
 
 
 def numbers(result: dict[str, Any]) -> dict[str, float]:
