@@ -44,6 +44,17 @@ def chat_tokenizer(folder: Path, template: str | None = CHATML) -> Path:
     return folder
 
 
+def with_bos(folder: Path) -> Path:
+    """Have the rules of the tokenizer in ``folder`` put <|im_start|>, which is 1, before each text."""
+    file = str(folder / "tokenizer.json")
+    model = tokenizers.Tokenizer.from_file(file)
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|im_start|> $A", pair="<|im_start|> $A $B", special_tokens=[("<|im_start|>", 1)]
+    )
+    model.save(file)
+    return folder
+
+
 def messages(*texts: str, first: str = "user") -> list[dict[str, str]]:
     """Turns of user and assistant in alternation."""
     roles = ("user", "assistant") if first == "user" else ("assistant", "user")

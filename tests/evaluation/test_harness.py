@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import yaml
 
@@ -18,7 +17,7 @@ from megatron_zebra.evaluation.tasks import harness
 from megatron_zebra.inference.language_model import LanguageModel
 from megatron_zebra.parallel.grid import Grid
 from tests.convert.models import make
-from tests.data.chatting import chat_tokenizer
+from tests.data.chatting import chat_tokenizer, with_bos
 from tests.tools.test_evaluate import tool
 
 TASKS = ["choice", "continuation", "text", "generation"]
@@ -95,12 +94,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("plain", "bos"):
         make(folder / name, "Cwm", sliding_window=8, **shape)
         chat_tokenizer(folder / name)
-    file = str(folder / "bos" / "tokenizer.json")
-    model = tokenizers.Tokenizer.from_file(file)
-    model.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|im_start|> $A", pair="<|im_start|> $A $B", special_tokens=[("<|im_start|>", 1)]
-    )
-    model.save(file)
+    with_bos(folder / "bos")
     (folder / "tasks").mkdir()
     write_tasks(folder / "tasks")
     return folder

@@ -30,7 +30,7 @@ from megatron_zebra.model.architecture import resolve
 from megatron_zebra.parallel.grid import Grid
 from megatron_zebra.parallel.group import Group
 from megatron_zebra.training.build import build_model
-from tests.data.chatting import CHATML, LLAMA, chat_tokenizer
+from tests.data.chatting import CHATML, LLAMA, chat_tokenizer, with_bos
 from tests.data.corpus import patient
 from tests.training.cases import small
 
@@ -60,7 +60,7 @@ def maker(
     tokenizer: Tokenizer, folder: Path, seed: int = 0, template: ChatTemplate | None = None
 ) -> Callable[..., Example]:
     haystack = open_haystack([str(folder / "text.txt")], tokenizer, 4000, False)
-    frame = frame_of(tokenizer, template)
+    frame = frame_of(tokenizer, template, bos=True)
 
     def make(task: str, number: int, stratum: int, strata: int = 5, length: int = LENGTH[tokenizer.kind]) -> Example:
         return make_example(
@@ -121,6 +121,19 @@ def test_an_example_is_as_long_as_asked_and_says_the_answer_once(tokenizer: Toke
             if task != "needle":
                 assert solve(prompt) == ", ".join(words)
                 assert STATEMENT.sub("", text[len(HEAD) :]) in PROSE  # nothing else was added or taken away
+
+
+def test_what_the_tokenizer_puts_before_a_text_comes_first_and_counts(folder: Path, tmp_path: Path) -> None:
+    plain, bos = load_tokenizer(folder / "huggingface"), load_tokenizer(with_bos(chat_tokenizer(tmp_path / "bos")))
+    base, same = (maker(tokenizer, folder)("passkey", 0, 2).tokens.tolist() for tokenizer in (plain, bos))
+    assert same[0] == 1 != base[0]
+    assert len(same) == len(base)
+    assert same[1:100] == base[:99]
+    settings = Retrieval([str(folder / "text.txt")], ["passkey"], [LENGTH["huggingface"]], bos=False)
+    asked = [example_maker(settings, tokenizer)("passkey", 0, 1600, 2, 5).tokens for tokenizer in (plain, bos)]
+    assert asked[0].tolist() == asked[1].tolist()
+    chat = ChatTemplate(tmp_path / "bos")  # the template puts there what belongs there
+    assert frame_of(bos, chat, bos=True).prefix == ()
 
 
 @pytest.mark.parametrize("task", sorted(set(TASKS) - EVERYWHERE))

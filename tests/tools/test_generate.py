@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 
 import megatron_zebra
 from megatron_zebra.convert.source import open_model
@@ -17,7 +16,7 @@ from megatron_zebra.data.tokenizer import load_tokenizer
 from megatron_zebra.errors import run_tool
 from megatron_zebra.inference.load import stop_ids
 from tests.convert.models import make
-from tests.data.chatting import chat_tokenizer
+from tests.data.chatting import chat_tokenizer, with_bos
 from tools import generate
 
 PROMPT = "It rained for a while."
@@ -46,18 +45,6 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: Any, *words: object, typed: st
     return code, out, err
 
 
-def with_bos(folder: Path, source: Path) -> Path:
-    """A copy of ``source`` whose tokenizer's own rules put a token before each text."""
-    shutil.copytree(source, folder)
-    file = str(folder / "tokenizer.json")
-    tokenizer = tokenizers.Tokenizer.from_file(file)
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|im_start|> $A", pair="<|im_start|> $A $B", special_tokens=[("<|im_start|>", 1)]
-    )
-    tokenizer.save(file)
-    return folder
-
-
 def expected(folder: Path, ids: list[int], count: int) -> str:
     """The text of ``count`` greedy tokens, up to the end of document."""
     tokenizer = load_tokenizer(folder)
@@ -81,7 +68,7 @@ def test_a_token_that_the_tokenizer_puts_before_a_text_is_put_there(
 ) -> None:
     import transformers
 
-    other = with_bos(tmp_path / "bos", folder)
+    other = with_bos(shutil.copytree(folder, tmp_path / "bos"))
     ids = transformers.AutoTokenizer.from_pretrained(other)(PROMPT).input_ids
     assert ids == [1, *load_tokenizer(folder).encode(PROMPT)]
     words = ["--checkpoint", other, "--prompt", PROMPT, "--max-new-tokens", 12, "--device", "cpu"]

@@ -27,16 +27,20 @@ Encode = Callable[[str], list[int]]
 @dataclass(frozen=True)
 class Frame:
     """What stands around the words of the prompt: ``before`` the first, and ``middle`` between the question and the
-    beginning of the answer. ``encode`` knows the special tokens in them."""
+    beginning of the answer. ``encode`` knows the special tokens in them; the tokens ``prefix`` come before all."""
 
     encode: Encode
     before: str = ""
     middle: str = "\n"
+    prefix: Sequence[int] = ()
 
 
-def frame_of(tokenizer: Tokenizer, template: ChatTemplate | None) -> Frame:
-    """Of a base model (``template`` None: plain text), or of a chat model."""
-    return Frame(tokenizer.encode) if template is None else Frame(template.tokens, *template.around())
+def frame_of(tokenizer: Tokenizer, template: ChatTemplate | None, bos: bool) -> Frame:
+    """Of a base model (``template`` None: plain text, ``bos``: after what the tokenizer's rules put before one), or of a
+    chat model."""
+    if template is None:
+        return Frame(tokenizer.encode, prefix=tokenizer.prefix if bos else ())
+    return Frame(template.tokens, *template.around())
 
 
 def make_example(
@@ -67,7 +71,7 @@ def make_example(
 
 
 def _join(task: str, case: Case, length: int, strata: int, drawn: Haystack, encode: Encode, frame: Frame) -> Example:
-    head = frame.encode(frame.before + HEAD)
+    head = [*frame.prefix, *frame.encode(frame.before + HEAD)]
     tail, *answers = divide(
         frame.encode, [f"\n\n{case.question}{frame.middle}{case.lead}", *(text for _, text in case.answers)]
     )

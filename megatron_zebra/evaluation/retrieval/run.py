@@ -30,6 +30,7 @@ class Retrieval:
     seed: int = 0
     repeat: bool = False
     counts: Counts = field(default_factory=Counts)
+    bos: bool = True
 
 
 Make = Callable[[str, int, int, int, int], Example]  # of task, number, length, stratum, strata
@@ -43,7 +44,7 @@ def example_maker(settings: Retrieval, tokenizer: Tokenizer, template: ChatTempl
         UserError: the text is not readable or too short, or a length too short for a task.
     """
     haystack = open_haystack(settings.text, tokenizer, max(settings.lengths), settings.repeat)
-    frame = frame_of(tokenizer, template)
+    frame = frame_of(tokenizer, template, settings.bos)
     make = partial(
         make_example, haystack=haystack, tokenizer=tokenizer, frame=frame, counts=settings.counts, seed=settings.seed
     )

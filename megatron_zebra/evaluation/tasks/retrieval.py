@@ -65,6 +65,9 @@ def options(task: argparse.ArgumentParser) -> None:
     task.add_argument("--needles", type=count, default=3, metavar="N", help="numbers of the task needles (default: 3)")
     task.add_argument("--hops", type=count, default=3, metavar="N", help="from variable to variable (default: 3)")
     task.add_argument("--seed", type=_whole, default=0, metavar="N", help="default: 0")
+    task.add_argument(
+        "--no-bos", action="store_true", help="no beginning-of-sequence token, where the tokenizer's rules add one"
+    )
     task.add_argument("--chat", action="store_true", help="ask with the tokenizer's chat template")
     task.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja template instead of the tokenizer's")
 
@@ -132,6 +135,7 @@ def _prepared(arguments: argparse.Namespace) -> tuple["Retrieval", "Make"]:
         seed=arguments.seed,
         repeat=arguments.repeat,
         counts=Counts(arguments.distractors, arguments.needles, arguments.hops),
+        bos=not arguments.no_bos,
     )
     template = ChatTemplate(arguments.tokenizer, arguments.chat_template) if arguments.chat else None
     return settings, example_maker(settings, load_tokenizer(arguments.tokenizer), template)
