@@ -78,7 +78,7 @@ def prepare(folder: Path, steps: int) -> None:
     tokenizer = load_tokenizer(folder / "tokenizer.model")
     vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.eod_id, tokenizer.hash, tokenizer.kind, tokenizer.name)
     haystack = open_haystack([str(folder / "train.jsonl")], tokenizer, LONGEST, False)
-    frame, generator = frame_of(tokenizer, None), np.random.default_rng(TRAINING_SEED)
+    frame, generator = frame_of(tokenizer, None, bos=True), np.random.default_rng(TRAINING_SEED)
     for phase, (longest, share, _) in PHASES.items():
         with PairWriter(folder / phase, vocabulary, force=True, masked=True) as writer:
             while writer.tokens < share * steps * ROWS * LONGEST:
