@@ -70,11 +70,13 @@ def unfolded_sdpa(window: int, block: int) -> Attend:
         tokens, heads, dim = q.shape
         n = -(-tokens // block)
         end = n * block - tokens
-        keys = (F.pad(x, (0, 0, 0, 0, window, end)).unfold(0, window + block, block).transpose(-1, -2) for x in (k, v))
+        keys, values = (
+            F.pad(x, (0, 0, 0, 0, window, end)).unfold(0, window + block, block).transpose(-1, -2) for x in (k, v)
+        )
         queries = F.pad(q, (0, 0, 0, 0, 0, end)).view(n, block, heads, dim).transpose(1, 2)
         before = torch.arange(n)[:, None] * block + torch.arange(window + block) < window
         mask = band_mask(block, window, window, q.dtype).masked_fill(before[:, None], float("-inf"))[:, None]
-        out = F.scaled_dot_product_attention(queries, *keys, attn_mask=mask, enable_gqa=True)
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
         return out.transpose(1, 2).reshape(n * block, heads, dim)[:tokens]
 
     return attend

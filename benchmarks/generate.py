@@ -46,7 +46,8 @@ def theirs(folder: Path, prompt: torch.Tensor) -> Callable[[], tuple[torch.Tenso
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = model.to(device).eval()
     ids = prompt.to(device)[None]
 
     def prefill() -> tuple[torch.Tensor, Step]:

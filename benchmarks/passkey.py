@@ -96,7 +96,8 @@ def prepare(folder: Path, steps: int) -> None:
 
 def train(folder: Path, name: str, steps: int) -> subprocess.Popen[bytes]:
     """Both phases of one model, one after the other, beside what else runs."""
-    commands, load = [], []
+    commands: list[str] = []
+    load: list[str] = []
     for phase, (_, share, schedule) in PHASES.items():
         settings = SETTINGS | {
             "model.layer_kinds": f"[{MODELS[name]}]",

@@ -15,7 +15,7 @@ from megatron_zebra.attention.contract import Segments
 from megatron_zebra.config.load import load_config
 from megatron_zebra.config.sections import Config
 from megatron_zebra.model.architecture import Architecture, resolve
-from megatron_zebra.model.decoder import Decoder
+from megatron_zebra.model.decoder import Decoder, Loss
 from megatron_zebra.model.initialize import Initializer
 from megatron_zebra.pipeline.split import stages_of
 from megatron_zebra.planning.stages import Stages
@@ -54,7 +54,7 @@ def _once(arch: Architecture, layers: range, length: int) -> float:
     hidden = torch.randn(length, arch.hidden_size, requires_grad=True)
     began = time.process_time()
     out = stage(tokens, torch.arange(length), segments, tokens, hidden)
-    (out.sum if isinstance(out, tuple) else out.sum()).backward()
+    (out.sum if isinstance(out, Loss) else out.sum()).backward()
     return time.process_time() - began
 
 

@@ -17,7 +17,7 @@ def transformers_cwm(arch: Architecture, model: Decoder, attention: str, rope: d
     """CWM with its own windows, RoPE and masks. ``attention``: eager or sdpa; ``rope``: transformers' rope_parameters."""
     from transformers import CwmConfig, CwmForCausalLM
 
-    config = CwmConfig(
+    config = CwmConfig(  # type: ignore[call-arg]  # takes what any configuration takes
         vocab_size=arch.vocab_size,
         hidden_size=arch.hidden_size,
         intermediate_size=arch.ffn_hidden_size,

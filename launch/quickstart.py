@@ -7,6 +7,10 @@ import sysconfig
 import zlib
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_zebra.data.indexed import IndexedPair
 
 MOST_BYTES = 12_000_000
 HELD_OUT_EVERY = 20
@@ -77,9 +81,10 @@ def table(folder: Path) -> None:
 """)
 
 
-def _unigram_bits(train: "IndexedPair", valid: "IndexedPair") -> float:  # noqa: F821
+def _unigram_bits(train: "IndexedPair", valid: "IndexedPair") -> float:
     """Bits of the held-out tokens under the training tokens' frequencies, with one added to each count."""
     counts = Counter(train.tokens.tolist())
+    assert train.info is not None  # tools/preprocess.py has just written it
     vocab_size = train.info.vocab_size
     total = len(train.tokens) + vocab_size
     return sum(-math.log2((counts[token] + 1) / total) * n for token, n in Counter(valid.tokens.tolist()).items())
