@@ -84,7 +84,7 @@ def table(folder: Path) -> None:
 def _unigram_bits(train: "IndexedPair", valid: "IndexedPair") -> float:
     """Bits of the held-out tokens under the training tokens' frequencies, with one added to each count."""
     counts = Counter(train.tokens.tolist())
-    assert train.info is not None  # tools/preprocess.py has just written it
+    assert train.info is not None  # tools/preprocess_data.py has just written it
     vocab_size = train.info.vocab_size
     total = len(train.tokens) + vocab_size
     return sum(-math.log2((counts[token] + 1) / total) * n for token, n in Counter(valid.tokens.tolist()).items())

@@ -1,4 +1,4 @@
-"""The checkpoint that a user means by a path."""
+"""The checkpoint that a user means by a path, and the run it belongs to."""
 
 from pathlib import Path
 
@@ -20,3 +20,10 @@ def locate(path: Path, collective: Collective | None = None) -> Path:
             if found.skipped:
                 raise UserError(f"{path}: holds no good checkpoint ({found.skipped[0]})")
     raise UserError(f"{path}: holds no checkpoint (a run folder, or a folder with index.json, is needed)")
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run in whose folder of checkpoints it lies: as it is named, or, where that does not tell (it is named from within
+    the run), as it is; None for any other folder."""
+    named = (path for path in (checkpoint, checkpoint.resolve()) if path.parent.name == "checkpoints")
+    return next((path.parent.parent for path in named), None)

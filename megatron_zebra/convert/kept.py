@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_zebra.checkpoint import files
+from megatron_zebra.checkpoint.locate import run_of
 from megatron_zebra.convert.values import read_json
 from megatron_zebra.errors import UserError
 
@@ -46,8 +47,7 @@ def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> list[str]:
 
 def kept_folder(checkpoint: Path) -> Path | None:
     """Where the files of the model's origin are: within the checkpoint, or within its run."""
-    above = checkpoint.resolve().parent  # it may be given from within the run
-    run = above.parent if above.name == "checkpoints" else above
+    run = run_of(checkpoint) or checkpoint.parent
     return next((folder for folder in (checkpoint / KEPT, run / KEPT) if folder.is_dir()), None)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_zebra.checkpoint.layout import INDEX
+from megatron_zebra.checkpoint.locate import run_of
 from megatron_zebra.data.arguments import output_name
 from megatron_zebra.errors import UserError
 from megatron_zebra.plain import plain
@@ -55,18 +56,16 @@ def count(text: str) -> int:
     return int(text)
 
 
-def run_of(folder: Path) -> Path:
+def home_of(folder: Path) -> Path:
     """The run that a checkpoint belongs to; any other model's own folder."""
-    if (folder / INDEX).is_file():  # a folder of that name may hold any models
-        for path in (folder, folder.resolve()):  # which may be given from within the run
-            if path.parent.name == "checkpoints":
-                return path.parent.parent
+    if (folder / INDEX).is_file() and (run := run_of(folder)):  # a folder named checkpoints may hold any models
+        return run
     return folder if folder.is_dir() else folder.parent
 
 
 def output_of(arguments: argparse.Namespace, folder: Path, name: str) -> Path:
     """Where the result of judging the model of ``folder`` goes."""
-    output: Path = arguments.output or run_of(folder) / "evaluation" / name
+    output: Path = arguments.output or home_of(folder) / "evaluation" / name
     return output
 
 

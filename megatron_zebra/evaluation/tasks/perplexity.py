@@ -18,7 +18,7 @@ from megatron_zebra.config.derived import sequence_multiple
 from megatron_zebra.config.sections import Parallel
 from megatron_zebra.data.indexed import IndexedPair
 from megatron_zebra.errors import UserError
-from megatron_zebra.evaluation.tasks.common import add_model, add_output, count, run_of, write_result
+from megatron_zebra.evaluation.tasks.common import add_model, add_output, count, home_of, write_result
 
 if TYPE_CHECKING:
     from megatron_zebra.data.source import FileSource
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"checkpoint {source.folder}\n{told(result)}")
             write_result({"checkpoint": str(source.folder), **result}, output)
             print(f"written to {output}")
-            run = run_of(source.folder)
+            run = home_of(source.folder)
             if not arguments.output and (run / "metrics.jsonl").exists():
                 _draw(run)
 
